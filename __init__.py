@@ -1,0 +1,3 @@
+from msa2net.runtimes import Predictor
+
+__all__ = ["Predictor"]

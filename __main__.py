@@ -1,0 +1,258 @@
+"""The command line: `msa2net export | predict | verify | info`. An error of ours is one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from msa2net.errors import FrameError, Msa2NetError
+from msa2net.runtimes import DemoModelWarning, Predictor, Segmentation
+from msa2net.runtimes.backends import RUNTIMES
+from msa2net.runtimes.bundle import PRECISIONS, Bundle
+from msa2net.runtimes.images import read_frames
+from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def _runtime_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runtime", default="auto", help=f"auto, {', '.join(RUNTIMES)} (default: auto)")
+    parser.add_argument("--precision", default="fp32", help=f"{', '.join(PRECISIONS)} (default: fp32)")
+    parser.add_argument("--device", default="CPU")
+    parser.add_argument("--threads", type=int, help="default: the cores that the process may use")
+
+
+def _load(arguments: argparse.Namespace, path: Path | None) -> Predictor:
+    return Predictor.load(
+        path,
+        runtime=arguments.runtime,
+        precision=arguments.precision,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+
+
+# predict --------------------------------------------------------------------------------------------------------
+
+
+def _inputs(paths: list[Path]) -> list[Path]:
+    """The files given, each folder replaced by its files in order of name."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        else:
+            files.append(path)
+    if not files:
+        raise FrameError("FILE", "an empty folder", "expected images", "Name files, or a folder that holds some.")
+    return files
+
+
+def _frames(files: list[Path]) -> Iterator[tuple[int, int, NDArray[Any], int | None]]:
+    """(number of the file, number of the frame, pixels, bits) of every frame, from 1."""
+    for number, file in enumerate(files, 1):
+        try:
+            for index, (pixels, bits) in enumerate(read_frames(file), 1):
+                yield number, index, pixels, bits
+        except FrameError as error:
+            raise _of_input(error, number, len(files)) from error
+
+
+def _of_input(error: FrameError, number: int, count: int) -> FrameError:
+    return FrameError(f"input {number} of {count}, {error.place}", error.found, error.expected, error.advice)
+
+
+class _Target:
+    """Where pictures go: the named file for a single frame, else a folder with one file a frame."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        if path and path.suffix and path.suffix.lower() != ".png":
+            raise Msa2NetError(str(path), f"got the ending {path.suffix!r}", "expected .png or a folder")
+
+    def file(self, number: int, index: int) -> Path:
+        assert self.path is not None
+        if self.path.suffix:
+            if (number, index) != (1, 1):
+                raise Msa2NetError(
+                    str(self.path), "got several frames", "expected a folder for their pictures", "Name one."
+                )
+            return self.path
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path / f"{number:04d}_{index:04d}.png"
+
+
+def _report(number: int, index: int, seg: Segmentation) -> dict[str, Any]:
+    counts = np.bincount(seg.mask.ravel(), minlength=len(seg.classes))
+    return {
+        "input": number,
+        "frame": index,
+        "height": seg.mask.shape[0],
+        "width": seg.mask.shape[1],
+        "pixels": {info.name: int(count) for info, count in zip(seg.classes, counts, strict=True)},
+        "milliseconds": {
+            "preprocess": round(seg.timings.preprocess, 3),
+            "inference": round(seg.timings.inference, 3),
+            "postprocess": round(seg.timings.postprocess, 3),
+        },
+        "execution": seg.execution.to_json(),
+    }
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from msa2net.runtimes.overlay import draw
+
+    files = _inputs(arguments.files)
+    overlays, masks = _Target(arguments.overlay), _Target(arguments.mask)
+    with _load(arguments, arguments.bundle) as predictor:
+        if not arguments.json:
+            e = predictor.execution
+            print(f"{e.model} {e.model_version} on {e.runtime} {e.runtime_version}, {e.precision}, {e.threads} threads")
+            print(f"{'input':>5} {'frame':>5} {'rows':>6} {'cols':>6} {'ms':>8}  share of each class")
+        for number, index, pixels, bits in _frames(files):
+            try:
+                seg = predictor.predict(pixels, bits=bits)
+            except FrameError as error:
+                raise _of_input(error, number, len(files)) from error
+            if overlays.path:
+                draw(pixels, seg.mask, seg.classes, bits).save(overlays.file(number, index))
+            if masks.path:
+                Image.fromarray(seg.mask).save(masks.file(number, index))
+            report = _report(number, index, seg)
+            if arguments.json:
+                print(json.dumps(report))
+            else:
+                shares = ", ".join(f"{name} {count / seg.mask.size:.2%}" for name, count in report["pixels"].items())
+                size = f"{seg.mask.shape[0]:>6} {seg.mask.shape[1]:>6}"
+                print(f"{number:>5} {index:>5} {size} {seg.timings.total:>8.1f}  {shares}")
+    return 0
+
+
+# verify, info, export -------------------------------------------------------------------------------------------
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Every digest, then the golden frames on every artifact that can run here."""
+    path = arguments.bundle or DEMO_BUNDLE
+    bundle = Bundle(path)
+    print(f"{bundle.verify()} files match their sums; bundle digest {bundle.digest}")
+    failed = ran = 0
+    for entry in Predictor.available(path):
+        name = f"{entry.runtime:<12} {entry.precision:<5}"
+        if not entry.available:
+            print(f"{name} not run: {entry.reason}")
+            continue
+        with Predictor.load(path, runtime=entry.runtime, precision=entry.precision) as predictor:
+            result = predictor.self_test()
+        print(f"{name} {result}")
+        ran += 1
+        failed += not result.passed
+    if failed or not ran:
+        reason = f"{failed} artifacts fail their golden frames" if failed else "no artifact of it can run here"
+        raise Msa2NetError(str(path), reason, "expected all to pass", "Do not use it on this device.")
+    return 0
+
+
+def info(arguments: argparse.Namespace) -> int:
+    path = arguments.bundle or DEMO_BUNDLE
+    bundle = Bundle(path)
+    manifest, contract = bundle.manifest, bundle.manifest.input
+    print(f"model    {manifest.model_name} {manifest.model_version} ({manifest.model_variant})")
+    print(f"notice   {manifest.notice}")
+    print(f"digest   {bundle.digest}")
+    print(f"classes  {', '.join(c.name for c in manifest.classes)}")
+    print(f"input    {contract.channels} x {contract.height} x {contract.width}, {contract.resize}, {contract.fit}")
+    print(f"{'runtime':<12} {'precision':<9} {'MB':>7}  {'equal pixels':>12}  here")
+    for entry in Predictor.available(path):
+        artifact = bundle.artifact(entry.runtime, entry.precision)
+        size = sum(file.bytes for file in artifact.files) / 1e6
+        agreement = artifact.parity.get("pixel_agreement")
+        shown = f"{agreement:.4%}" if isinstance(agreement, float) else "?"
+        here = "yes" if entry.available else entry.reason
+        print(f"{entry.runtime:<12} {entry.precision:<9} {size:>7.1f}  {shown:>12}  {here}")
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    try:
+        from msa2net.export.__main__ import run
+    except ImportError as error:
+        raise Msa2NetError(
+            "export", f"needs the package {error.name}", "", "pip install 'msa2net-edge[export]'"
+        ) from error
+    return run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="msa2net", description="MSA2Net medical image segmentation on edge hardware.")
+    parser.add_argument("--verbose", action="store_true", help="log what runtime=auto passes over and picks")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("predict", help="segment images, folders of images, or clips")
+    command.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="PNG, JPEG, TIFF, .npy, DICOM, or a folder"
+    )
+    command.add_argument("--bundle", type=Path, help="default: the demo model")
+    _runtime_options(command)
+    command.add_argument("--overlay", type=Path, help=".png for a single frame, else a folder")
+    command.add_argument("--mask", type=Path, help=".png of class indices for a single frame, else a folder")
+    command.add_argument("--json", action="store_true", help="one JSON object a frame, one a line")
+    command.set_defaults(run=predict)
+
+    command = commands.add_parser("verify", help="check every file of a bundle and run its golden frames here")
+    command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
+    command.set_defaults(run=verify)
+
+    command = commands.add_parser("info", help="what a bundle holds and what of it can run here")
+    command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
+    command.set_defaults(run=info)
+
+    command = commands.add_parser("export", help="a checkpoint to a bundle, parity checked")
+    command.add_argument("--checkpoint", required=True, type=Path, help=".safetensors, or a released .pth")
+    command.add_argument("--output", required=True, type=Path, help="the bundle's folder, such as lesion.bundle")
+    command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
+    command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
+    command.add_argument("--images", type=Path, help="folder of images for the parity check; default: phantoms")
+    command.add_argument("--name", help="the model's name in the bundle; default: the checkpoint's")
+    command.add_argument("--model-version", help="default: the checkpoint's, or 1")
+    command.add_argument("--classes", help="names, separated by commas, the background first")
+    command.add_argument("--mean", help="one or three numbers, of pixels scaled to [0, 1]")
+    command.add_argument("--std", help="one or three numbers")
+    command.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    command.add_argument("--fit", choices=("stretch", "letterbox"), default="stretch")
+    command.add_argument("--enlarge", choices=("nearest", "bilinear"), default="nearest")
+    command.set_defaults(run=export)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    with warnings.catch_warnings():
+        # Shown as one line; a DemoModelWarning needs no line number of ours.
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.simplefilter("always", DemoModelWarning)
+        try:
+            code: int = arguments.run(arguments)
+        except Msa2NetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {error.strerror or error}", file=sys.stderr)
+            return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

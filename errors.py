@@ -1,0 +1,42 @@
+"""The errors of the package. Each says where, what was found, what was expected and what to do.
+
+No message holds frame content, a patient attribute or the path of an image.
+"""
+
+from __future__ import annotations
+
+
+class Msa2NetError(Exception):
+    """Base of all: `str(error)` is one line, "place: found, expected. What to do." """
+
+    def __init__(self, place: object, found: str, expected: str = "", advice: str = "") -> None:
+        self.place = str(place)
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        sentence = f"{place}: {found}" + (f", {expected}" if expected else "")
+        super().__init__(f"{sentence}. {advice}" if advice else sentence)
+
+
+class FrameError(Msa2NetError):
+    """An image that cannot be segmented: dtype, shape, values, or a file that cannot be read."""
+
+
+class CheckpointError(Msa2NetError):
+    """A checkpoint that is damaged or belongs to another network."""
+
+
+class BundleError(Msa2NetError):
+    """A bundle that is damaged, changed, incomplete or of an unknown schema."""
+
+
+class RuntimeUnavailableError(Msa2NetError):
+    """A runtime, device or precision that was asked for by name and cannot run here."""
+
+
+class OutputError(Msa2NetError):
+    """Logits that are not finite or not of the promised shape: no mask is made from them."""
+
+
+class ExportError(Msa2NetError):
+    """An export that was refused; nothing has been written under the target's name."""

@@ -1,0 +1,57 @@
+"""`python -m msa2net.export` is `msa2net export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from msa2net.errors import ExportError
+from msa2net.export import export_bundle
+from msa2net.runtimes.bundle import Bundle
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ExportError(
+            option, f"got {text!r}", "expected numbers separated by commas", "As in 0.5,0.5,0.5."
+        ) from error
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command's options to `export_bundle`, and its summary."""
+    output = export_bundle(
+        arguments.checkpoint,
+        arguments.output,
+        runtimes=tuple(arguments.runtimes.split(",")),
+        classes=arguments.classes.split(",") if arguments.classes else None,
+        mean=_numbers("--mean", arguments.mean),
+        std=_numbers("--std", arguments.std),
+        channels=arguments.channels,
+        fit=arguments.fit,
+        enlarge=arguments.enlarge,
+        name=arguments.name,
+        model_version=arguments.model_version,
+        images=arguments.images,
+        force=arguments.force,
+    )
+    bundle = Bundle(output)
+    print(f"{output}: bundle digest {bundle.digest}")
+    for artifact in bundle.manifest.artifacts:
+        figures = artifact.parity
+        megabytes = sum(file.bytes for file in artifact.files) / 1e6
+        print(
+            f"{artifact.runtime:<12} {artifact.precision:<5} {megabytes:7.1f} MB  "
+            f"largest logit difference {figures['logit_difference']:.2e}, equal pixels "
+            f"{figures['pixel_agreement']:.4%} over {figures['images']} images"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    from msa2net.__main__ import main
+
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,84 @@
+"""The ONNX file: opset 20, IR version 10 at most, one file with its weights inside."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+
+from msa2net.core.config import IMAGE_SIZE
+from msa2net.core.deploy import store_position_bias
+from msa2net.core.network import MSA2Net
+from msa2net.errors import ExportError
+
+OPSET, IR_VERSION = 20, 10
+
+
+def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
+    """Writes the network as `image` (1, channels, 224, 224) float32 -> `logits` (1, K, 224, 224); returns versions.
+
+    Raises ExportError if the exporter leaves anything but standard operators with weights inside.
+    """
+    example = torch.zeros(1, channels, IMAGE_SIZE, IMAGE_SIZE)
+    with warnings.catch_warnings(), _Quiet("torch.onnx"):
+        warnings.simplefilter("ignore")  # of torch's own internals
+        program = torch.onnx.export(
+            store_position_bias(model),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None  # it is None only when a file name is given
+    proto = program.model_proto
+    _strip(proto)
+    proto.ir_version = min(proto.ir_version, IR_VERSION)
+    _check(proto)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(proto.SerializeToString(deterministic=True))
+    return {"onnx": onnx.__version__, "torch": torch.__version__, "opset": str(OPSET), "ir": str(proto.ir_version)}
+
+
+class _Quiet:
+    """Lowers a logger to errors: the exporter warns of operators of other packages that are not there."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Removes what the exporter notes for debugging: it names source files of the exporting machine."""
+    del proto.metadata_props[:]
+    proto.doc_string = ""
+    graph = proto.graph
+    del graph.metadata_props[:]
+    graph.doc_string = ""
+    del graph.value_info[:]  # shapes are inferred again by every runtime
+    for item in [*graph.node, *graph.initializer, *graph.input, *graph.output]:
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    onnx.checker.check_model(proto, full_check=True)
+    opsets = {(entry.domain, entry.version) for entry in proto.opset_import}
+    external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if opsets != {("", OPSET)} or proto.functions or external:
+        raise ExportError(
+            "ONNX",
+            f"opsets {sorted(opsets)}, {len(proto.functions)} functions, {len(external)} external tensors",
+            f"expected opset {OPSET} alone, no functions, weights inside",
+            "This torch version exports differently: report it.",
+        )

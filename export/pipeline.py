@@ -1,0 +1,209 @@
+"""`export_bundle`: a checkpoint to a bundle, each artifact held against the reference before it gets its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
+from msa2net.core.config import IMAGE_SIZE, variant_name
+from msa2net.core.network import MSA2Net
+from msa2net.errors import ExportError
+from msa2net.export import onnx_file, openvino_ir, parity
+from msa2net.export.writer import check_target, new_bundle
+from msa2net.runtimes.backends import RUNTIMES, backend_class, default_threads
+from msa2net.runtimes.bundle import MANIFEST, SCHEMA_VERSION, Manifest, digest_of, parse_manifest
+
+NOTICE = "Not a medical device. Validate before any clinical use."
+# Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
+_COLORS = (
+    (230, 60, 60),
+    (70, 160, 250),
+    (80, 200, 120),
+    (245, 190, 60),
+    (180, 100, 230),
+    (60, 210, 210),
+    (240, 130, 190),
+)
+_FILES = {
+    "pytorch": ("torch/weights.safetensors",),
+    "onnxruntime": ("onnx/model.onnx",),
+    "openvino": ("openvino/model.xml", "openvino/model.bin"),
+}
+_GOLDEN_CASES = 2
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
+    classes: Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    channels: int = 3,
+    fit: str = "stretch",
+    enlarge: str = "nearest",
+    name: str | None = None,
+    model_version: str | None = None,
+    images: str | Path | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes the bundle `output` from a `.safetensors` or `.pth` checkpoint and returns its path.
+
+    classes, mean, std, name, model_version   if None, what the checkpoint's metadata says, else "class 0", …; the
+                released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
+    channels    3, or 1 for a network that is fed grey frames
+    fit         "stretch", or "letterbox" to keep the frame's aspect
+    enlarge     "nearest", or "bilinear" to enlarge probabilities instead of the mask
+    images      folder of images for the parity check; phantoms if None. None of them goes into the bundle.
+    force       replace an existing bundle
+
+    Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
+    figures): then nothing is written.
+    """
+    output = Path(output)
+    check_target(output.absolute(), force)
+    for runtime in runtimes:
+        backend_class(runtime)
+    read = read_checkpoint(checkpoint)
+    model = load_model(read)
+    said = read.metadata
+    names = list(classes or json.loads(said.get("classes", "null")) or _class_names(model.config.num_classes))
+    if len(names) != model.config.num_classes or len(set(names)) != len(names):
+        raise ExportError(
+            "classes", f"got {', '.join(names)}", f"expected {model.config.num_classes} different names", "Name all."
+        )
+    contract = {
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "channels": channels,
+        "mean": _per_channel("mean", mean or json.loads(said.get("mean", "[0.5]")), channels),
+        "std": _per_channel("std", std or json.loads(said.get("std", "[0.5]")), channels),
+        "resize": "bilinear",
+        "fit": fit,
+    }
+    document: dict[str, Any] = {
+        "schema_version": "{}.{}".format(*SCHEMA_VERSION),
+        "writer": f"msa2net-edge {version('msa2net-edge')}",
+        "model": {
+            "name": name or said.get("model") or read.path.stem,
+            "version": model_version or said.get("version", "1"),
+            "variant": variant_name(model.config),
+            "config": model.config.to_json(),
+            "notice": said.get("notice", NOTICE),
+        },
+        "classes": [{"name": names[0], "color": [0, 0, 0]}]
+        + [{"name": each, "color": list(_COLORS[i % len(_COLORS)])} for i, each in enumerate(names[1:])],
+        "input": contract,
+        "output": {"enlarge": enlarge},
+        "artifacts": [],
+        "golden": [],
+    }
+    with (
+        new_bundle(output, force=force) as folder,
+        tqdm(total=2 * len(runtimes) + 2, unit="step", disable=not progress, desc="export") as bar,
+    ):
+        versions = _write_models(model, channels, runtimes, folder, bar)
+        document["artifacts"] = [_entry(folder, runtime, versions[runtime]) for runtime in runtimes]
+        golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
+        document["golden"] = [
+            {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
+        ]
+        manifest = parse_manifest(json.dumps(document).encode())
+
+        bar.set_postfix_str("reference")
+        cases = parity.folder_cases(Path(images)) if images else parity.phantom_cases(grey=channels == 1)
+        infer = parity.reference(model)
+        expected = [parity.run_case(case, manifest, infer) for case in cases]
+        largest = _write_golden(folder, manifest, golden, [parity.run_case(case, manifest, infer) for case in golden])
+        bar.update()
+
+        for artifact, entry in zip(manifest.artifacts, document["artifacts"], strict=True):
+            bar.set_postfix_str(f"parity {artifact.runtime}")
+            files = tuple(str(folder / file.path) for file in artifact.files)
+            backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, default_threads())
+            found = [parity.run_case(case, manifest, backend.infer) for case in cases]
+            backend.close()
+            entry["parity"] = parity.compare(cases, expected, found, names)
+            parity.require(artifact.name, entry["parity"])
+            entry["tolerance"] = {"logit": parity.LOGIT_LIMIT * max(1.0, largest), "pixels": parity.PIXEL_LIMIT}
+            bar.update()
+        (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        bar.set_postfix_str("writing")
+        bar.update()
+    return output
+
+
+def _class_names(count: int) -> list[str]:
+    return [f"class {i}" for i in range(count)]
+
+
+def _per_channel(field: str, values: Sequence[float], channels: int) -> list[float]:
+    values = [float(value) for value in values]
+    if len(set(values)) == 1:
+        values = values[:1] * channels
+    if len(values) != channels:
+        raise ExportError(field, f"got {values}", f"expected 1 or {channels} numbers", "Give one for each channel.")
+    return values
+
+
+def _write_models(
+    model: MSA2Net, channels: int, runtimes: Sequence[str], folder: Path, bar: Any
+) -> dict[str, dict[str, str]]:
+    """Writes the models of `runtimes`; returns the versions of the tools that wrote each."""
+    versions: dict[str, dict[str, str]] = {}
+    onnx_path = folder / _FILES["onnxruntime"][0]
+    onnx_versions: dict[str, str] = {}
+    if {"onnxruntime", "openvino"} & set(runtimes):
+        bar.set_postfix_str("ONNX")
+        onnx_versions = onnx_file.write(model, channels, onnx_path)
+    for runtime in runtimes:
+        bar.set_postfix_str(runtime)
+        if runtime == "pytorch":
+            path = folder / _FILES[runtime][0]
+            path.parent.mkdir()
+            save_checkpoint(path, used_state(model))
+            versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
+        elif runtime == "onnxruntime":
+            versions[runtime] = onnx_versions
+        else:
+            versions[runtime] = onnx_versions | openvino_ir.write(onnx_path, folder / _FILES[runtime][0])
+        bar.update()
+    if "onnxruntime" not in runtimes and onnx_path.exists():
+        onnx_path.unlink()
+        onnx_path.parent.rmdir()
+    return versions
+
+
+def _entry(folder: Path, runtime: str, versions: dict[str, str]) -> dict[str, Any]:
+    files = []
+    for relative in _FILES[runtime]:
+        with (folder / relative).open("rb") as file:
+            files.append({"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)})
+    return {
+        "runtime": runtime,
+        "precision": "fp32",
+        "files": files,
+        "versions": versions,
+        "tolerance": {"logit": 0.0, "pixels": 1.0},
+        "parity": {},
+    }
+
+
+def _write_golden(
+    folder: Path, manifest: Manifest, cases: Sequence[parity.Case], results: Sequence[parity.Result]
+) -> float:
+    """Writes the golden frames with the reference's outputs; returns their largest |logit|."""
+    (folder / "golden").mkdir()
+    for entry, case, result in zip(manifest.golden, cases, results, strict=True):
+        for path, array in ((entry.frame, case.frame), (entry.logits, result.logits), (entry.mask, result.mask)):
+            np.save(folder / path, array)
+    return max(float(np.abs(result.logits).max()) for result in results)

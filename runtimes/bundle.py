@@ -1,0 +1,384 @@
+"""Reading a bundle: digests first, then the manifest, then the files that a runtime loads. `BUNDLE.md` is normative.
+
+Standard library only. Nothing is parsed before its digest holds, and a model file is opened once: the descriptor that
+was hashed is the one the runtime gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from msa2net.errors import BundleError, RuntimeUnavailableError
+
+SCHEMA_VERSION = (1, 0)
+SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+RESIZE_RULES = ("bilinear",)
+FITS = ("stretch", "letterbox")
+ENLARGE_RULES = ("nearest", "bilinear")
+_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^\x00-\x1f\\]+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassInfo:
+    """One class: its name and the colour of its overlay (R, G, B, 0 to 255)."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputContract:
+    """How pixels become the network's input: resize by `resize` and `fit`, to [0, 1] by dtype, (x - mean) / std."""
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str = "bilinear"
+    fit: str = "stretch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of an artifact: POSIX path below the bundle, size in bytes, SHA-256 in hexadecimal."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What the self-test allows against the golden outputs: largest |difference| of a logit, share of equal pixels."""
+
+    logit: float
+    pixels: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A model for one runtime in one precision. `files[0]` is the file that the runtime opens."""
+
+    runtime: str
+    precision: str
+    files: tuple[FileEntry, ...]
+    versions: dict[str, str]
+    tolerance: Tolerance
+    parity: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.runtime} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenEntry:
+    """A frame and the reference's logits and mask for it, as paths of `.npy` files below the bundle."""
+
+    frame: str
+    logits: str
+    mask: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json`, checked."""
+
+    schema_version: tuple[int, int]
+    model_name: str
+    model_version: str
+    model_variant: str
+    model_config: dict[str, Any]
+    notice: str
+    classes: tuple[ClassInfo, ...]
+    input: InputContract
+    enlarge: str
+    artifacts: tuple[Artifact, ...]
+    golden: tuple[GoldenEntry, ...]
+
+
+class _Node:
+    """A JSON value with its path, so that every complaint names the place."""
+
+    def __init__(self, value: Any, path: str = "$") -> None:
+        self.value, self.path = value, path
+
+    def refuse(self, expected: str) -> BundleError:
+        shown = json.dumps(self.value)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        return BundleError(f"{MANIFEST} {self.path}", f"got {shown}", f"expected {expected}", "Export the model again.")
+
+    def get(self, key: str) -> _Node:
+        if not isinstance(self.value, dict):
+            raise self.refuse("an object")
+        if key not in self.value:
+            raise BundleError(
+                f"{MANIFEST} {self.path}", f"no {key!r}", "expected that field", "Export the model again."
+            )
+        return _Node(self.value[key], f"{self.path}.{key}")
+
+    def items(self, least: int = 0, most: int = 1_000_000) -> list[_Node]:
+        if not isinstance(self.value, list) or not least <= len(self.value) <= most:
+            raise self.refuse(f"a list of {least} to {most} entries")
+        return [_Node(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
+
+    def object(self) -> dict[str, Any]:
+        if not isinstance(self.value, dict):
+            raise self.refuse("an object")
+        return self.value
+
+    def text(self, *choices: str) -> str:
+        if not isinstance(self.value, str) or (choices and self.value not in choices):
+            raise self.refuse(" or ".join(map(repr, choices)) or "a string")
+        return self.value
+
+    def integer(self, least: int, most: int) -> int:
+        if type(self.value) is not int or not least <= self.value <= most:
+            raise self.refuse(f"a whole number from {least} to {most}")
+        return self.value
+
+    def number(self, least: float, most: float = math.inf) -> float:
+        if type(self.value) not in (int, float) or not least <= self.value <= most:
+            raise self.refuse(f"a number from {least} to {most}")
+        return float(self.value)
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """The manifest from its bytes. Raises BundleError naming the JSON path, the value and what was expected."""
+    try:
+        root = _Node(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            MANIFEST, f"not JSON ({error})", "expected a JSON object", "Export the model again."
+        ) from error
+    version = _schema_version(root.get("schema_version"))
+    model, contract = root.get("model"), root.get("input")
+    channels = contract.get("channels").integer(1, 3)
+    return Manifest(
+        schema_version=version,
+        model_name=model.get("name").text(),
+        model_version=model.get("version").text(),
+        model_variant=model.get("variant").text(),
+        model_config=model.get("config").object(),
+        notice=model.get("notice").text(),
+        classes=tuple(
+            ClassInfo(
+                name=node.get("name").text(),
+                color=tuple(c.integer(0, 255) for c in node.get("color").items(3, 3)),  # type: ignore[arg-type]
+            )
+            for node in root.get("classes").items(2, 256)
+        ),
+        input=InputContract(
+            height=contract.get("height").integer(1, 4096),
+            width=contract.get("width").integer(1, 4096),
+            channels=channels,
+            mean=tuple(node.number(-1e6, 1e6) for node in contract.get("mean").items(channels, channels)),
+            std=tuple(node.number(1e-6, 1e6) for node in contract.get("std").items(channels, channels)),
+            resize=contract.get("resize").text(*RESIZE_RULES),
+            fit=contract.get("fit").text(*FITS),
+        ),
+        enlarge=root.get("output").get("enlarge").text(*ENLARGE_RULES),
+        artifacts=tuple(_artifact(node) for node in root.get("artifacts").items(1)),
+        golden=tuple(
+            GoldenEntry(**{key: node.get(key).text() for key in ("frame", "logits", "mask")})
+            for node in root.get("golden").items(1)
+        ),
+    )
+
+
+def _schema_version(node: _Node) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", node.text())
+    if not found:
+        raise node.refuse("MAJOR.MINOR")
+    version = int(found[1]), int(found[2])
+    if version[0] != SCHEMA_VERSION[0]:
+        raise BundleError(
+            f"{MANIFEST} {node.path}",
+            f"got version {node.value}",
+            f"expected {SCHEMA_VERSION[0]}.x",
+            "Install the msa2net-edge that wrote the bundle, or export again with this one.",
+        )
+    if version > SCHEMA_VERSION:
+        warnings.warn(
+            f"the bundle's schema {node.value} is newer than this package's: what is new in it is ignored", stacklevel=2
+        )
+    return version
+
+
+def _artifact(node: _Node) -> Artifact:
+    tolerance = node.get("tolerance")
+    return Artifact(
+        runtime=node.get("runtime").text(),
+        precision=node.get("precision").text(*PRECISIONS),
+        files=tuple(
+            FileEntry(
+                path=file.get("path").text(),
+                bytes=file.get("bytes").integer(1, 2**40),
+                sha256=file.get("sha256").text(),
+            )
+            for file in node.get("files").items(1)
+        ),
+        versions={key: str(value) for key, value in node.get("versions").object().items()},
+        tolerance=Tolerance(logit=tolerance.get("logit").number(0), pixels=tolerance.get("pixels").number(0, 1)),
+        parity=node.get("parity").object(),
+    )
+
+
+def digest_of(file: BufferedReader) -> str:
+    """SHA-256 of an open file, in hexadecimal; read in blocks, then rewound."""
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    return digest
+
+
+def files_below(root: Path) -> list[str]:
+    """Sorted POSIX paths of all files below `root`. Raises BundleError for anything but folders and regular files."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        for name in folders + names:
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            relative = path.relative_to(root).as_posix()
+            if stat.S_ISREG(mode):
+                found.append(relative)
+            elif not stat.S_ISDIR(mode):
+                raise BundleError(
+                    relative, "is a link or a device", "expected only regular files", "Copy the bundle anew."
+                )
+    return sorted(found)
+
+
+class Bundle:
+    """An opened bundle: `path`, `manifest`, `sums` (path -> SHA-256) and `digest`, the SHA-256 of its SHA256SUMS.
+
+    Opening checks that exactly the listed files are there, the manifest's digest, its schema, and the artifacts'
+    sizes. The digest of a model or golden file is checked when it is used, that of every file by `verify`.
+    Raises BundleError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise BundleError(self.path, "no such folder", "expected a bundle", "Make one with 'msa2net export'.")
+        if not (self.path / SUMS).is_file():
+            raise BundleError(self.path, f"no {SUMS} in it", "expected a bundle", "Make one with 'msa2net export'.")
+        content = (self.path / SUMS).read_bytes()
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.sums = self._parse_sums(content)
+        self._check_listing()
+        self.manifest = parse_manifest(self.read(MANIFEST))
+        for artifact in self.manifest.artifacts:
+            for entry in artifact.files:
+                self._check_entry(entry)
+
+    @staticmethod
+    def _parse_sums(content: bytes) -> dict[str, str]:
+        sums: dict[str, str] = {}
+        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+            found = _SUMS_LINE.fullmatch(line)
+            if not found:
+                raise BundleError(f"{SUMS} line {number}", "not a sum", "expected '<64 hex digits>  <path>'")
+            parts = found[2].split("/")
+            if found[2] in sums or found[2] == SUMS or not all(parts) or {".", ".."} & set(parts):
+                raise BundleError(
+                    f"{SUMS} line {number}", f"got the path {found[2]!r}", "expected one of its own below it"
+                )
+            sums[found[2]] = found[1]
+        if MANIFEST not in sums:
+            raise BundleError(SUMS, f"no line for {MANIFEST}", "expected one")
+        return sums
+
+    def _check_listing(self) -> None:
+        present = set(files_below(self.path)) - {SUMS}
+        complaints = [
+            f"{kind} {', '.join(sorted(paths))}"
+            for kind, paths in (("missing", self.sums.keys() - present), ("extra", present - self.sums.keys()))
+            if paths
+        ]
+        if complaints:
+            raise BundleError(
+                self.path, "; ".join(complaints), f"expected exactly the files of {SUMS}", "Copy the bundle anew."
+            )
+
+    def _check_entry(self, entry: FileEntry) -> None:
+        if self.sums.get(entry.path) != entry.sha256:
+            raise BundleError(entry.path, f"its sums in {MANIFEST} and {SUMS} differ", "expected the same")
+        size = (self.path / entry.path).stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                entry.path, f"got {size} bytes", f"expected {entry.bytes}", "The copy is incomplete: copy it anew."
+            )
+
+    @contextmanager
+    def open(self, relative: str) -> Iterator[BufferedReader]:
+        """The file, open for reading and with its digest already held against the sums."""
+        if relative not in self.sums:
+            raise BundleError(f"{MANIFEST}", f"names the file {relative!r}", f"expected one listed in {SUMS}")
+        with (self.path / relative).open("rb") as file:
+            found = digest_of(file)
+            if found != self.sums[relative]:
+                raise BundleError(
+                    relative,
+                    f"changed: SHA-256 {found[:12]}…",
+                    f"expected {self.sums[relative][:12]}…",
+                    "Copy the bundle anew.",
+                )
+            yield file
+
+    def read(self, relative: str) -> bytes:
+        with self.open(relative) as file:
+            return file.read()
+
+    @contextmanager
+    def open_artifact(self, artifact: Artifact) -> Iterator[tuple[str, ...]]:
+        """Paths under which a runtime reads the very descriptors that were hashed, in the order of `artifact.files`.
+
+        They are valid inside the `with` block. Where the system has no /proc/self/fd the files' own paths are given.
+        """
+        with ExitStack() as stack:
+            files = [stack.enter_context(self.open(entry.path)) for entry in artifact.files]
+            descriptors = [f"/proc/self/fd/{file.fileno()}" for file in files]
+            yield tuple(
+                descriptor if os.path.exists(descriptor) else str(self.path / entry.path)
+                for descriptor, entry in zip(descriptors, artifact.files, strict=True)
+            )
+
+    def verify(self) -> int:
+        """Checks the digest of every file; returns their number. Raises BundleError listing all that changed."""
+        changed = []
+        for relative in self.sums:
+            try:
+                with self.open(relative):
+                    pass
+            except BundleError:
+                changed.append(relative)
+        if changed:
+            raise BundleError(
+                self.path, f"changed {', '.join(changed)}", f"expected the sums of {SUMS}", "Copy it anew."
+            )
+        return len(self.sums)
+
+    def artifact(self, runtime: str, precision: str) -> Artifact:
+        """The artifact for `runtime` in `precision`; RuntimeUnavailableError, listing those there are, if none."""
+        for artifact in self.manifest.artifacts:
+            if (artifact.runtime, artifact.precision) == (runtime, precision):
+                return artifact
+        there = ", ".join(artifact.name for artifact in self.manifest.artifacts)
+        raise RuntimeUnavailableError(
+            self.path, f"no artifact for {runtime} in {precision}", f"it has: {there}", "Pick one, or export it."
+        )

@@ -1,0 +1,75 @@
+"""Logits to mask: the only definition of it.
+
+K classes, h w the network's rows and columns, H W the frame's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa2net.errors import OutputError
+from msa2net.runtimes.preprocess import Placement, resize
+
+
+def check_logits(logits: NDArray[np.float32], classes: int, height: int, width: int) -> NDArray[np.float32]:
+    """(1, K, h, w) -> (K, h, w). Raises OutputError unless shape and dtype are as promised and all values finite."""
+    expected = (1, classes, height, width)
+    if logits.shape != expected or logits.dtype != np.float32:
+        raise OutputError("logits", f"got {logits.dtype} {logits.shape}", f"expected float32 {expected}")
+    if not np.isfinite(logits).all():
+        raise OutputError(
+            "logits",
+            "got NaN or infinity",
+            "expected finite values",
+            "The runtime or the model is broken: verify the bundle.",
+        )
+    return logits[0]
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the first axis, (K, ...) -> (K, ...)."""
+    shifted = np.exp(logits - logits.max(0))
+    return shifted / shifted.sum(0)
+
+
+def nearest_index(source: int, target: int) -> NDArray[np.intp]:
+    """For each of `target` samples, the nearest of `source`: floor((i + 1/2) source / target), in whole numbers."""
+    return (2 * np.arange(target) + 1) * source // (2 * target)
+
+
+def crop(maps: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+    """(K, h, w) -> the part of it that the frame was placed on."""
+    rows = slice(placement.top, placement.top + placement.height)
+    return maps[:, rows, placement.left : placement.left + placement.width]
+
+
+def to_mask(
+    logits: NDArray[np.float32], placement: Placement, size: tuple[int, int], enlarge: str
+) -> NDArray[np.uint8]:
+    """(K, h, w) logits -> (H, W) uint8 class indices; the first class wins a tie.
+
+    enlarge   "nearest": argmax at the network's size, then the nearest pixel; "bilinear": probabilities first
+    """
+    if enlarge == "bilinear":
+        return to_probabilities(logits, placement, size, enlarge).argmax(0).astype(np.uint8)
+    inside = crop(logits, placement)
+    # For two classes a comparison is argmax, and several times faster.
+    small = (inside[1] > inside[0]).astype(np.uint8) if len(inside) == 2 else inside.argmax(0).astype(np.uint8)
+    if small.shape == size:
+        return small
+    return small[nearest_index(small.shape[0], size[0])[:, None], nearest_index(small.shape[1], size[1])]
+
+
+def to_probabilities(
+    logits: NDArray[np.float32], placement: Placement, size: tuple[int, int], enlarge: str
+) -> NDArray[np.float32]:
+    """(K, h, w) logits -> (K, H, W) float32 probabilities, enlarged as the mask is: their argmax is the mask."""
+    probabilities = softmax(crop(logits, placement))
+    if probabilities.shape[1:] == size:
+        return probabilities
+    if enlarge == "bilinear":
+        return resize(probabilities.transpose(1, 2, 0), "bilinear", *size)
+    rows = nearest_index(probabilities.shape[1], size[0])
+    columns = nearest_index(probabilities.shape[2], size[1])
+    return probabilities[:, rows[:, None], columns]

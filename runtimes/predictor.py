@@ -1,0 +1,278 @@
+"""`Predictor`: frame in, mask out: check_frame -> to_tensor -> backend.infer -> check_logits -> to_mask."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa2net.errors import Msa2NetError, RuntimeUnavailableError
+from msa2net.runtimes import images, measure, postprocess, preprocess
+from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not
+from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
+
+log = logging.getLogger("msa2net")
+DEMO_BUNDLE = Path(__file__).parent / "demo.bundle"
+
+
+class DemoModelWarning(UserWarning):
+    """The demo model is in use: trained on synthetic phantoms, not for clinical use."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of one `predict`."""
+
+    preprocess: float
+    inference: float
+    postprocess: float
+
+    @property
+    def total(self) -> float:
+        return self.preprocess + self.inference + self.postprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """What was asked for and what really ran, the latter read back from the runtime.
+
+    runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting.
+    """
+
+    runtime: str
+    runtime_asked: str
+    runtime_version: str
+    device: str
+    device_asked: str
+    provider: str
+    precision: str
+    precision_asked: str
+    threads: int
+    model: str
+    model_version: str
+    bundle_digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Segmentation:
+    """The result for one frame of H rows and W columns, K classes.
+
+    mask        (H, W) uint8 class indices
+    logits      (K, h, w) float32, the network's raw output at its own size
+    classes     their names and colours
+    timings     milliseconds of the three parts
+    execution   what ran
+    """
+
+    def __init__(
+        self,
+        mask: NDArray[np.uint8],
+        logits: NDArray[np.float32],
+        placement: preprocess.Placement,
+        enlarge: str,
+        classes: tuple[ClassInfo, ...],
+        timings: Timings,
+        execution: Execution,
+    ) -> None:
+        self.mask, self.logits, self.classes = mask, logits, classes
+        self.timings, self.execution = timings, execution
+        self._placement, self._enlarge = placement, enlarge
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]:
+        """(K, H, W) float32, computed at each access; their argmax over K is the mask."""
+        size = (self.mask.shape[0], self.mask.shape[1])
+        return postprocess.to_probabilities(self.logits, self._placement, size, self._enlarge)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether an artifact of a bundle can run here; `reason` says why not, or is empty."""
+
+    runtime: str
+    precision: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """The golden frames on this device, against the outputs recorded at export.
+
+    frames            number of golden frames
+    logit_difference  largest |difference| of a logit, and `logit_tolerance`, its limit
+    pixel_agreement   smallest share of equal mask pixels, and `pixel_tolerance`, its limit
+    """
+
+    frames: int
+    logit_difference: float
+    logit_tolerance: float
+    pixel_agreement: float
+    pixel_tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.logit_difference <= self.logit_tolerance and self.pixel_agreement >= self.pixel_tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{'pass' if self.passed else 'FAIL'}: {self.frames} golden frames, "
+            f"largest logit difference {self.logit_difference:.2e} (limit {self.logit_tolerance:.0e}), "
+            f"equal pixels {self.pixel_agreement:.4%} (limit {self.pixel_tolerance:.2%})"
+        )
+
+
+class Predictor:
+    """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork."""
+
+    def __init__(self, bundle: Bundle, artifact: Artifact, backend: Backend, execution: Execution) -> None:
+        self.bundle, self.artifact, self.execution = bundle, artifact, execution
+        self._backend = backend
+        self._process = os.getpid()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        runtime: str = "auto",
+        precision: str = "fp32",
+        device: str = "CPU",
+        threads: int | None = None,
+    ) -> Predictor:
+        """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
+
+        runtime     "openvino", "onnxruntime", "pytorch", or "auto": the first of these, in this order, that is
+                    installed and has an artifact in `precision`. One that is named never falls back to another.
+        precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`.
+        device      "CPU"; with OpenVINO any device that it lists
+        threads     for one inference; by default the cores that the process may use
+
+        Raises BundleError (damaged, changed, unknown schema) and RuntimeUnavailableError (unknown, not installed,
+        no such precision or device).
+        """
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise RuntimeUnavailableError("threads", f"got {threads!r}", "expected a whole number of at least 1")
+        if precision not in PRECISIONS:
+            raise RuntimeUnavailableError("precision", f"got {precision!r}", f"expected one of {', '.join(PRECISIONS)}")
+        if runtime != "auto" and (error := why_not(runtime)):
+            raise error
+        if path is None:
+            warnings.warn(
+                "no bundle was named: this is the demo model, trained on synthetic phantoms. Not for clinical use.",
+                DemoModelWarning,
+                stacklevel=2,
+            )
+        bundle = Bundle(DEMO_BUNDLE if path is None else path)
+        artifact = _choose(bundle, precision) if runtime == "auto" else bundle.artifact(runtime, precision)
+        backend_type = backend_class(artifact.runtime)
+        with bundle.open_artifact(artifact) as files:
+            backend = backend_type(files, bundle.manifest, device, precision, threads or default_threads())
+        execution = Execution(
+            runtime=artifact.runtime,
+            runtime_asked=runtime,
+            runtime_version=backend.facts.version,
+            device=backend.facts.device,
+            device_asked=device,
+            provider=backend.facts.provider,
+            precision=backend.facts.precision,
+            precision_asked=precision,
+            threads=backend.facts.threads,
+            model=bundle.manifest.model_name,
+            model_version=bundle.manifest.model_version,
+            bundle_digest=bundle.digest,
+        )
+        return cls(bundle, artifact, backend, execution)
+
+    def predict(self, frame: Any, *, bits: int | None = None) -> Segmentation:
+        """Segments one frame.
+
+        frame   (H, W) grey or (H, W, 3) RGB array: uint8, uint16 or float32 in [0, 1]; or a PIL image, a pydicom
+                Dataset, or the path of a PNG, JPEG, TIFF, `.npy` or DICOM file that holds one frame
+        bits    for a uint16 array: how many bits the device stores; 16 if None (files and datasets say it themselves)
+
+        Raises FrameError for anything else (dtype, shape, NaN, out of range, no pixels, unreadable), and OutputError
+        if the runtime returns values that are not finite. The same frame gives the same bits at every call.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeUnavailableError(
+                "predictor", "was loaded before a fork", "expected the process that loaded it", "Load it in the child."
+            )
+        start = perf_counter_ns()
+        if not isinstance(frame, np.ndarray):
+            frame, bits = images.single(frame, bits)
+        pixels = preprocess.check_frame(frame, bits)
+        contract = self.bundle.manifest.input
+        tensor = preprocess.to_tensor(pixels, contract, bits)
+        prepared = perf_counter_ns()
+        raw = self._backend.infer(tensor)
+        inferred = perf_counter_ns()
+        logits = postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
+        size = (pixels.shape[0], pixels.shape[1])
+        placement = preprocess.place(contract, *size)
+        mask = postprocess.to_mask(logits, placement, size, self.bundle.manifest.enlarge)
+        done = perf_counter_ns()
+        timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
+        manifest = self.bundle.manifest
+        return Segmentation(mask, logits, placement, manifest.enlarge, manifest.classes, timings, self.execution)
+
+    def self_test(self) -> SelfTest:
+        """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
+        difference, agreement = 0.0, 1.0
+        for entry in self.bundle.manifest.golden:
+            frame, logits, mask = (
+                images.read_npy(self.bundle.read(p)) for p in (entry.frame, entry.logits, entry.mask)
+            )
+            found = self.predict(frame)
+            difference = max(difference, float(np.abs(found.logits - logits).max()))
+            agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
+        tolerance = self.artifact.tolerance
+        return SelfTest(len(self.bundle.manifest.golden), difference, tolerance.logit, agreement, tolerance.pixels)
+
+    @staticmethod
+    def available(path: str | Path | None = None) -> list[Availability]:
+        """What of a bundle (the demo's if None) can run on this machine, and why not the rest. Loads no runtime."""
+        found = []
+        for artifact in Bundle(DEMO_BUNDLE if path is None else path).manifest.artifacts:
+            try:
+                error: Msa2NetError | None = why_not(artifact.runtime)
+            except RuntimeUnavailableError as unknown:
+                error = unknown
+            found.append(Availability(artifact.runtime, artifact.precision, error is None, str(error) if error else ""))
+        return found
+
+    def close(self) -> None:
+        """Frees the runtime. The Predictor cannot be used afterwards."""
+        self._backend.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _choose(bundle: Bundle, precision: str) -> Artifact:
+    """For runtime="auto": the first runtime of the table that can run, each one passed over logged with its reason."""
+    reasons = []
+    for runtime in RUNTIMES:
+        try:
+            if error := why_not(runtime):
+                raise error
+            artifact = bundle.artifact(runtime, precision)
+        except RuntimeUnavailableError as error:
+            reasons.append(str(error))
+            log.info("auto: passed over %s: %s", runtime, error)
+            continue
+        log.info("auto: picked %s", runtime)
+        return artifact
+    raise RuntimeUnavailableError("runtime 'auto'", f"nothing can run here: {'; '.join(reasons)}")

@@ -1,0 +1,168 @@
+"""Pixels to tensor: the only definition of it. Export, training checks, benchmarks and every runtime call this.
+
+A frame is (H, W) grey or (H, W, 3) RGB; H W are its rows and columns, h w the network's, C the network's channels.
+Values are scaled by dtype, never by content: uint8 / 255, uint16 / 65535 (or by the bits stored), float32 in [0, 1].
+Resizing is separable: one weight table per axis, so that the same tables can sit inside a graph or in C++.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa2net.errors import FrameError
+from msa2net.runtimes.bundle import InputContract
+
+MAX_PIXELS = 2**26  # rows x columns: a little over 8k x 8k; a bigger claim is an attack or a mistake
+_BAND = 32  # output rows resized at once, so that only their input rows are widened to float32
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the frame lies inside the network's h x w input: first row, first column, rows, columns."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
+    """`frame` as a native-endian array if it can be segmented. Raises FrameError saying what is wrong.
+
+    bits   for uint16: how many of the 16 bits the device stores (1 to 16); values beyond are refused
+    """
+    if not isinstance(frame, np.ndarray):
+        raise FrameError("frame", f"got {type(frame).__name__}", "expected a numpy array", "Use numpy.asarray(frame).")
+    found = f"got {frame.dtype} {frame.shape}"
+    if frame.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.float32):
+        advice = "Use frame.astype(numpy.float32)." if frame.dtype.kind == "f" else "Convert it without losing values."
+        raise FrameError("frame", found, "expected uint8, uint16 or float32 (H, W) or (H, W, 3)", advice)
+    if frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] != 3):
+        advice = {
+            (3, 4): "Drop the alpha channel: frame[..., :3].",
+            (3, 1): "Drop the last axis: frame[..., 0].",
+        }.get((frame.ndim, frame.shape[-1] if frame.ndim else 0), "Give one frame, channels last.")
+        raise FrameError("frame", found, f"expected {frame.dtype} (H, W) or (H, W, 3)", advice)
+    rows, columns = frame.shape[:2]
+    if not rows * columns:
+        raise FrameError("frame", f"{found}: no pixels", "expected at least 1 x 1", "Check the crop or the capture.")
+    if rows * columns > MAX_PIXELS:
+        raise FrameError(
+            "frame", f"{found}: {rows * columns} pixels", f"expected at most {MAX_PIXELS}", "Downscale it."
+        )
+    frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
+    if frame.dtype == np.float32:
+        _check_values(frame)
+    if bits is not None:
+        _check_bits(frame, bits)
+    return frame
+
+
+def _check_values(frame: NDArray[np.float32]) -> None:
+    low, high = float(frame.min()), float(frame.max())  # NaN if any value is
+    if low >= 0 and high <= 1:
+        return
+    if not np.isfinite([low, high]).all():
+        kind = "NaN" if np.isnan(low) else "infinity"
+        raise FrameError(
+            "frame", f"got {kind} among its values", "expected finite float32 in [0, 1]", "Check the source."
+        )
+    raise FrameError(
+        "frame",
+        f"got float32 from {low:g} to {high:g}",
+        "expected values in [0, 1]",
+        "Divide by the type's largest value.",
+    )
+
+
+def _check_bits(frame: NDArray[Any], bits: int) -> None:
+    if frame.dtype != np.uint16 or not 1 <= bits <= 16:
+        raise FrameError(
+            "bits", f"got {bits} for {frame.dtype}", "expected 1 to 16, and only for uint16", "Leave it out."
+        )
+    if (largest := int(frame.max())) >= 2**bits:
+        raise FrameError("frame", f"got the value {largest}", f"expected less than 2**{bits}", "Give the bits stored.")
+
+
+def bilinear_table(source: int, target: int) -> NDArray[np.float32]:
+    """(target, source) weights of antialiased bilinear resizing along one axis; each row sums to 1.
+
+    Output i lies at (i + 1/2) source / target of the input; input j weighs 1 - |j + 1/2 - that| / s, not below 0, with
+    s = max(1, source / target): Pillow's BILINEAR filter.
+    """
+    scale = source / target
+    centre = (np.arange(target) + 0.5) * scale
+    distance = np.abs(np.arange(source) + 0.5 - centre[:, None]) / max(1.0, scale)
+    weights = np.clip(1 - distance, 0, None)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+_TABLES = {"bilinear": bilinear_table}
+
+
+@lru_cache(maxsize=32)
+def resize_table(rule: str, source: int, target: int) -> NDArray[np.float32]:
+    """The (target, source) weight table of a resize rule; read-only, since it is shared."""
+    table = _TABLES[rule](source, target)
+    table.setflags(write=False)
+    return table
+
+
+def place(contract: InputContract, rows: int, columns: int) -> Placement:
+    """Where a rows x columns frame goes: everywhere for "stretch"; for "letterbox" centred, its aspect kept."""
+    if contract.fit == "stretch":
+        return Placement(0, 0, contract.height, contract.width)
+    scale = min(contract.height / rows, contract.width / columns)
+    height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    return Placement((contract.height - height) // 2, (contract.width - width) // 2, height, width)
+
+
+def resize(image: NDArray[Any], rule: str, height: int, width: int) -> NDArray[np.float32]:
+    """(H, W, C) of any real dtype -> (C, height, width) float32, in the values' own scale."""
+    rows, columns, channels = image.shape
+    if rows == height:
+        narrowed = image.astype(np.float32)
+    else:
+        table = resize_table(rule, rows, height)
+        narrowed = np.empty((height, columns, channels), np.float32)
+        for start in range(0, height, _BAND):
+            band = table[start : start + _BAND]
+            used = np.flatnonzero(band.any(0))
+            first, last = used[0], used[-1] + 1
+            pixels = image[first:last].reshape(last - first, columns * channels).astype(np.float32)
+            narrowed[start : start + _BAND] = (band[:, first:last] @ pixels).reshape(-1, columns, channels)
+    planes = np.ascontiguousarray(narrowed.transpose(2, 0, 1))
+    if columns == width:
+        return planes
+    return (planes.reshape(channels * height, columns) @ resize_table(rule, columns, width).T).reshape(
+        channels, height, width
+    )
+
+
+def to_tensor(frame: NDArray[Any], contract: InputContract, bits: int | None = None) -> NDArray[np.float32]:
+    """A checked frame (see `check_frame`) -> the network's input, (1, C, h, w) float32, contiguous.
+
+    Raises FrameError if the frame is in colour and the network takes grey only.
+    """
+    colour = frame.ndim == 3
+    if colour and contract.channels == 1:
+        raise FrameError(
+            "frame", f"got {frame.shape}", "expected (H, W): the network takes grey", "Convert it to grey."
+        )
+    placement = place(contract, *frame.shape[:2])
+    image = frame if colour else frame[:, :, None]
+    planes = resize(image, contract.resize, placement.height, placement.width)
+    if frame.dtype != np.float32:
+        planes /= (1 << (bits or 8 * frame.dtype.itemsize)) - 1
+    tensor = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
+    rows = slice(placement.top, placement.top + placement.height)
+    columns = slice(placement.left, placement.left + placement.width)
+    tensor[0, :, rows, columns] = planes  # grey is repeated by broadcasting
+    mean = np.asarray(contract.mean, np.float32)[:, None, None]
+    std = np.asarray(contract.std, np.float32)[:, None, None]
+    return (tensor - mean) / std

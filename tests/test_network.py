@@ -1,0 +1,1 @@
+"""The reference network against numbers of the public code (`tests/golden/`)."""
