@@ -61,7 +61,8 @@ class ModelConfig:
         known = set(cls.__dataclass_fields__)
         if unknown := sorted(set(fields) - known):
             raise ValueError(f"{unknown[0]}: unknown field, expected {', '.join(sorted(known))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
 
 # "small" is the released size. "tiny" is the demo's: the same blocks in the same places, about a million parameters.

@@ -15,10 +15,10 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +54,9 @@ def _draw(task: tuple[str, int]) -> Frames:
     return drawn.image, drawn.mask
 
 
-def draw_frames(first_seed: int, per_kind: int, label: str) -> Frames:
-    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8; the kinds alternate."""
-    tasks = [(kind, first_seed + i) for i in range(per_kind) for kind in KINDS]
+def draw_frames(first_seed: int, per_kind: tuple[int, ...], label: str) -> Frames:
+    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8: `per_kind` of each kind, one kind after the other."""
+    tasks = [(kind, first_seed + i) for kind, count in zip(KINDS, per_kind, strict=True) for i in range(count)]
     images = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     masks = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     # One process a core, each with one BLAS thread: read when numpy is first imported, so the children start afresh.
@@ -123,10 +123,11 @@ def predict_masks(model: nn.Module, images: NDArray[np.uint8], batch: int = 16) 
 
 
 def scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
-    """Per kind: mean Dice over frames with a lesion, and the share of lesion-free frames with false alarms."""
+    """Per kind, as many frames of each: mean Dice of those with a lesion, share of the others with a false alarm."""
     result = {}
     for k, kind in enumerate(KINDS):
-        pairs = list(zip(predictions[k :: len(KINDS)], masks[k :: len(KINDS)], strict=True))
+        part = slice(k * len(masks) // len(KINDS), (k + 1) * len(masks) // len(KINDS))
+        pairs = list(zip(predictions[part], masks[part], strict=True))
         with_lesion = [dice(predicted, true) for predicted, true in pairs if true.any()]
         alarms = [int(predicted.sum()) > FALSE_PIXELS for predicted, true in pairs if not true.any()]
         result[kind] = {
@@ -140,7 +141,7 @@ def scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8]) -> dict[str
 
 def evaluate(checkpoint: Path, per_kind: int) -> dict[str, dict[str, float]]:
     """Scores of the checkpoint and of Otsu's threshold on `per_kind` unseen phantoms of each kind."""
-    images, masks = draw_frames(TEST_SEED, per_kind, "test phantoms")
+    images, masks = draw_frames(TEST_SEED, (per_kind,) * len(KINDS), "test phantoms")
     result = scores(predict_masks(load_model(read_checkpoint(checkpoint)), images), masks)
     baseline = scores(np.stack([otsu_largest_component(image) for image in images]), masks)
     for kind in KINDS:
@@ -148,102 +149,143 @@ def evaluate(checkpoint: Path, per_kind: int) -> dict[str, dict[str, float]]:
     return result
 
 
-def batches(images: NDArray[np.uint8], masks: NDArray[np.uint8], batch: int, seed: int, start: int) -> Iterator[Frames]:
-    """Endless shuffled batches, as they would come at step `start`: the order depends on seed and step alone."""
-    per_epoch = len(images) // batch
-    step = start
-    while True:
-        epoch, position = divmod(step, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(images))
-        chosen = order[position * batch : (position + 1) * batch]
-        yield images[chosen], masks[chosen]
-        step += 1
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training with its own phantoms and its own cosine: steps `first` up to `end`."""
+
+    first: int
+    end: int
+    rate: float
+    first_seed: int
+    frames: tuple[int, ...]  # of each kind
 
 
-def rate_at(step: int, steps: int, peak: float, warmup: int) -> float:
+def phases_of(arguments: argparse.Namespace) -> list[Phase]:
+    """The main phase, then a shorter one at half the rate on new phantoms, three quarters of them ultrasound.
+
+    Dermoscopy is learnt in the first; bright lesions under speckle, an eighth of the ultrasound frames, need the second.
+    """
+    half, quarter = arguments.frames // 2, arguments.frames // 4
+    main = Phase(0, arguments.steps, arguments.rate, TRAIN_SEED, (half, half))
+    end = arguments.steps + arguments.refine
+    return [main, Phase(main.end, end, arguments.rate / 2, TRAIN_SEED + half, (quarter, 3 * quarter))]
+
+
+def batch_at(step: int, count: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """Which of `count` frames step `step` trains on: shuffled epochs that depend on seed and step alone."""
+    epoch, position = divmod(step, count // batch)
+    return np.random.default_rng([seed, epoch]).permutation(count)[position * batch : (position + 1) * batch]
+
+
+def rate_at(step: int, phase: Phase, warmup: int = 100) -> float:
     """Linear warm-up, then half a cosine down to zero."""
+    step -= phase.first
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return phase.rate * (step + 1) / warmup
+    return phase.rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, phase.end - phase.first - warmup)))
+
+
+class Training:
+    """Model, optimizer and step count, saved and restored together."""
+
+    def __init__(self, settings: dict[str, Any], file: Path) -> None:
+        self.settings, self.file, self.step = settings, file, 0
+        torch.manual_seed(settings["seed"])
+        self.model = MSA2Net(replace(VARIANTS[settings["variant"]], num_classes=2))
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        initialise(self.model)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        )
+
+    def restore(self) -> None:
+        """Goes on from the file if there is one. Raises CheckpointError if it was written with other settings."""
+        if not self.file.exists():
+            return
+        state = torch.load(self.file, weights_only=True)
+        if state["settings"] != self.settings:
+            raise CheckpointError(
+                self.file, f"got settings {state['settings']}", f"expected {self.settings}", "Use another --output."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        partial = self.file.with_suffix(".partial")
+        state = {
+            "settings": self.settings,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, partial)
+        partial.replace(self.file)
+
+    def advance(self, x: Tensor, masks: Tensor, rate: float) -> float:
+        """One step; returns its loss. Raises Msa2NetError if that is not finite."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_of(self.model(x.contiguous(memory_format=torch.channels_last)), masks)
+        if not math.isfinite(loss.item()):
+            raise Msa2NetError(f"step {self.step}", f"loss is {loss.item()}", "expected a finite loss", "Lower --rate.")
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
 
 
 def train(arguments: argparse.Namespace) -> Path:
     """Runs or resumes the training; returns the path of the finished checkpoint."""
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    state_file, log_file, result = output / "state.pt", output / "log.csv", output / "demo.safetensors"
-    settings = {key: getattr(arguments, key) for key in ("variant", "steps", "batch", "frames", "rate", "seed")}
-
-    torch.manual_seed(arguments.seed)
-    model = MSA2Net(replace(VARIANTS[arguments.variant], num_classes=2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    initialise(model)
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.rate)
-    start = 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["settings"] != settings:
-            raise CheckpointError(
-                state_file, f"got settings {state['settings']}", f"expected {settings}", "Use another --output."
-            )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        start = state["step"]
-
-    validation = draw_frames(VALIDATION_SEED, arguments.validation, "validation phantoms")
-    images, masks = draw_frames(TRAIN_SEED, arguments.frames // len(KINDS), "training phantoms")
-    source = batches(images, masks, arguments.batch, arguments.seed, start)
-
-    with log_file.open("a", newline="") as log, tqdm(total=arguments.steps, initial=start, unit="step") as bar:
+    names = ("variant", "steps", "refine", "batch", "frames", "rate", "seed")
+    training = Training({name: getattr(arguments, name) for name in names}, output / "state.pt")
+    training.restore()
+    phases = phases_of(arguments)
+    validation = draw_frames(VALIDATION_SEED, (arguments.validation,) * len(KINDS), "validation phantoms")
+    with (
+        (output / "log.csv").open("a" if training.step else "w", newline="") as log,
+        tqdm(total=phases[-1].end, initial=training.step, unit="step") as bar,
+    ):
         writer = csv.writer(log)
-        if not start:
-            log.truncate(0)
+        if not training.step:
             writer.writerow(
                 ["step", "loss", "rate", *(f"{kind}_{name}" for kind in KINDS for name in ("dice", "alarms"))]
             )
-        recent: list[float] = []
-        for step in range(start, arguments.steps):
-            model.train()
-            drawn, true = next(source)
-            x, y = augment(
-                to_input(drawn), torch.from_numpy(true).long(), np.random.default_rng([arguments.seed, step])
-            )
-            rate = rate_at(step, arguments.steps, arguments.rate, warmup=100)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = loss_of(model(x.contiguous(memory_format=torch.channels_last)), y)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            recent.append(loss.item())
-            if not math.isfinite(recent[-1]):
-                raise Msa2NetError(f"step {step}", f"loss is {recent[-1]}", "expected a finite loss", "Lower --rate.")
-            bar.update()
-            if (step + 1) % arguments.every and step + 1 < arguments.steps:
+        for phase in phases:
+            if training.step >= phase.end:
                 continue
-            found = scores(predict_masks(model, validation[0]), validation[1])
-            figures = [found[kind][name] for kind in KINDS for name in ("dice", "false_alarms")]
-            writer.writerow([step + 1, f"{np.mean(recent):.4f}", f"{rate:.2e}", *(f"{x:.4f}" for x in figures)])
-            log.flush()
-            bar.set_postfix_str(f"loss {np.mean(recent):.3f} Dice {figures[0]:.3f} {figures[2]:.3f}")
-            recent = []
-            partial = state_file.with_suffix(".partial")
-            torch.save(
-                {
-                    "settings": settings,
-                    "step": step + 1,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "rng": torch.get_rng_state(),
-                },
-                partial,
-            )
-            partial.replace(state_file)
-    save_checkpoint(result, model.state_dict(), METADATA)
+            images, masks = draw_frames(phase.first_seed, phase.frames, "training phantoms")
+            losses: list[float] = []
+            while training.step < phase.end:
+                step = training.step
+                chosen = batch_at(step, len(images), arguments.batch, arguments.seed)
+                rng = np.random.default_rng([arguments.seed, step])
+                x, y = augment(to_input(images[chosen]), torch.from_numpy(masks[chosen]).long(), rng)
+                rate = rate_at(step, phase)
+                losses.append(training.advance(x, y, rate))
+                bar.update()
+                if training.step % arguments.every and training.step < phase.end:
+                    continue
+                found = scores(predict_masks(training.model, validation[0]), validation[1])
+                figures = [found[kind][name] for kind in KINDS for name in ("dice", "false_alarms")]
+                writer.writerow([step + 1, f"{np.mean(losses):.4f}", f"{rate:.2e}", *(f"{f:.4f}" for f in figures)])
+                log.flush()
+                bar.set_postfix_str(f"loss {np.mean(losses):.3f} Dice {figures[0]:.3f} {figures[2]:.3f}")
+                losses = []
+                training.save()
+    result = output / "demo.safetensors"
+    save_checkpoint(result, training.model.state_dict(), METADATA)
     return result
 
 
@@ -251,7 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m msa2net.core.train", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/training"), help="folder of state, log and result")
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="tiny")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=2000, help="of the main phase")
+    parser.add_argument("--refine", type=int, default=1000, help="steps of the second phase, mostly ultrasound")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, default=8000, help="training phantoms, both kinds together")
     parser.add_argument("--validation", type=int, default=60, help="validation phantoms of each kind")
