@@ -55,8 +55,13 @@ def _draw(task: tuple[str, int]) -> Frames:
 
 
 def draw_frames(first_seed: int, per_kind: tuple[int, ...], label: str) -> Frames:
-    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8: `per_kind` of each kind, one kind after the other."""
-    tasks = [(kind, first_seed + i) for kind, count in zip(KINDS, per_kind, strict=True) for i in range(count)]
+    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8: `per_kind` of each kind, in turn as far as they go."""
+    tasks = [
+        (kind, first_seed + i)
+        for i in range(max(per_kind))
+        for kind, count in zip(KINDS, per_kind, strict=True)
+        if i < count
+    ]
     images = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     masks = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     # One process a core, each with one BLAS thread: read when numpy is first imported, so the children start afresh.
@@ -123,11 +128,10 @@ def predict_masks(model: nn.Module, images: NDArray[np.uint8], batch: int = 16) 
 
 
 def scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
-    """Per kind, as many frames of each: mean Dice of those with a lesion, share of the others with a false alarm."""
+    """Per kind, which alternate: mean Dice of those with a lesion, share of the others with a false alarm."""
     result = {}
     for k, kind in enumerate(KINDS):
-        part = slice(k * len(masks) // len(KINDS), (k + 1) * len(masks) // len(KINDS))
-        pairs = list(zip(predictions[part], masks[part], strict=True))
+        pairs = list(zip(predictions[k :: len(KINDS)], masks[k :: len(KINDS)], strict=True))
         with_lesion = [dice(predicted, true) for predicted, true in pairs if true.any()]
         alarms = [int(predicted.sum()) > FALSE_PIXELS for predicted, true in pairs if not true.any()]
         result[kind] = {
@@ -163,7 +167,7 @@ class Phase:
 def phases_of(arguments: argparse.Namespace) -> list[Phase]:
     """The main phase, then a shorter one at half the rate on new phantoms, three quarters of them ultrasound.
 
-    Dermoscopy is learnt in the first; bright lesions under speckle, an eighth of the ultrasound frames, need the second.
+    Dermoscopy is learnt in the first; bright lesions, an eighth of the ultrasound frames, need the second.
     """
     half, quarter = arguments.frames // 2, arguments.frames // 4
     main = Phase(0, arguments.steps, arguments.rate, TRAIN_SEED, (half, half))
@@ -259,9 +263,8 @@ def train(arguments: argparse.Namespace) -> Path:
     ):
         writer = csv.writer(log)
         if not training.step:
-            writer.writerow(
-                ["step", "loss", "rate", *(f"{kind}_{name}" for kind in KINDS for name in ("dice", "alarms"))]
-            )
+            columns = [f"{kind}_{name}" for kind in KINDS for name in ("dice", "alarms")]
+            writer.writerow(["step", "loss", "rate", *columns])
         for phase in phases:
             if training.step >= phase.end:
                 continue
