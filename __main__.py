@@ -8,8 +8,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# Number of the file and of the frame in it, from 1; pixels; bits stored.
+_Frame: TypeAlias = "tuple[int, int, NDArray[Any], int | None]"
 
 
 def _runtime_options(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +61,8 @@ def _inputs(paths: list[Path]) -> list[Path]:
     return files
 
 
-def _frames(files: list[Path]) -> Iterator[tuple[int, int, NDArray[Any], int | None]]:
-    """(number of the file, number of the frame, pixels, bits) of every frame, from 1."""
+def _frames(files: list[Path]) -> Iterator[_Frame]:
+    """Every frame of the files."""
     for number, file in enumerate(files, 1):
         try:
             for index, (pixels, bits) in enumerate(read_frames(file), 1):
@@ -82,13 +86,20 @@ class _Target:
     def file(self, number: int, index: int) -> Path:
         assert self.path is not None
         if self.path.suffix:
-            if (number, index) != (1, 1):
-                raise Msa2NetError(
-                    str(self.path), "got several frames", "expected a folder for their pictures", "Name one."
-                )
             return self.path
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / f"{number:04d}_{index:04d}.png"
+
+    def check(self, frames: Iterator[_Frame]) -> Iterator[_Frame]:
+        """The same frames. Raises Msa2NetError if there are several for one picture, before any is segmented."""
+        if not (self.path and self.path.suffix):
+            return frames
+        first_two = list(islice(frames, 2))
+        if len(first_two) > 1:
+            raise Msa2NetError(
+                str(self.path), "got several frames", "expected a folder for their pictures", "Name one without .png."
+            )
+        return iter(first_two)
 
 
 def _report(number: int, index: int, seg: Segmentation) -> dict[str, Any]:
@@ -116,11 +127,14 @@ def predict(arguments: argparse.Namespace) -> int:
     files = _inputs(arguments.files)
     overlays, masks = _Target(arguments.overlay), _Target(arguments.mask)
     with _load(arguments, arguments.bundle) as predictor:
+        frames = _frames(files)
+        for target in (overlays, masks):
+            frames = target.check(frames)
         if not arguments.json:
             e = predictor.execution
             print(f"{e.model} {e.model_version} on {e.runtime} {e.runtime_version}, {e.precision}, {e.threads} threads")
             print(f"{'input':>5} {'frame':>5} {'rows':>6} {'cols':>6} {'ms':>8}  share of each class")
-        for number, index, pixels, bits in _frames(files):
+        for number, index, pixels, bits in frames:
             try:
                 seg = predictor.predict(pixels, bits=bits)
             except FrameError as error:

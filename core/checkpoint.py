@@ -6,6 +6,7 @@ The sizes of the network are read from the checkpoint's own shapes, so no config
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -32,7 +33,13 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 _CONVERT = """
 import sys, torch
 from safetensors.torch import save_file
-loaded = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+try:
+    loaded = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+except Exception as error:
+    # Only the line that names what was refused: others of torch's lines advise loading it unsafely.
+    lines = [line.strip(" .") for line in str(error).splitlines() if "weights_only" not in line]
+    refused = [line for line in lines if "unsupported" in line.lower()]
+    sys.exit(refused[0] if refused else f"{type(error).__name__} {' '.join(lines)[:200]}".strip())
 for name in ("state_dict", "model"):
     if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
         loaded = loaded[name]
@@ -65,10 +72,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         state, metadata = _read_safetensors(path, path)
     else:
         state, metadata = _read_pickle(path)
-    state = {
-        key.removeprefix(PREFIX): value.float() if value.is_floating_point() else value for key, value in state.items()
-    }
-    return Checkpoint(path, state, metadata)
+    widened: dict[str, Tensor] = {}
+    for key, value in state.items():
+        bare = key.removeprefix(PREFIX)
+        if bare in widened:
+            raise CheckpointError(
+                path, f"holds {bare} with and without {PREFIX!r}", "expected it once", "Save one state_dict alone."
+            )
+        widened[bare] = value.float() if value.is_floating_point() else value
+    return Checkpoint(path, widened, metadata)
 
 
 def _read_safetensors(file: Path, named: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -104,7 +116,8 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """
     state = checkpoint.state
 
-    def shape(key: str) -> torch.Size:
+    def size(key: str) -> int:
+        """Length of the first axis."""
         if key not in state:
             raise CheckpointError(
                 checkpoint.path,
@@ -112,31 +125,33 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
                 "expected the keys of an MSA2Net state_dict",
                 "Is this a checkpoint of another network, or of its encoder alone?",
             )
-        return state[key].shape
+        if not state[key].numel():  # as many axes as expected is for `load_model` to check
+            raise CheckpointError(checkpoint.path, f"{key} is empty", "expected weights")
+        return state[key].shape[0] if state[key].ndim else 1
 
     if "decoder_2.tran_layer1.norm1.weight" in state:
         deep_decoder = "dual_attention"
     else:
-        shape("decoder_2.layer_lka_1.norm1.weight")
+        size("decoder_2.layer_lka_1.norm1.weight")
         deep_decoder = "lka"
     encoder = "backbone.backbone."
-    width = shape(f"{encoder}stages.0.blocks.0.conv.conv3_1x1.weight")[0]
-    heads = shape(f"{encoder}stages.0.blocks.0.attn_block.attn.rel_pos.mlp.fc2.weight")[0]
+    width = size(f"{encoder}stages.0.blocks.0.conv.conv3_1x1.weight")
+    heads = size(f"{encoder}stages.0.blocks.0.attn_block.attn.rel_pos.mlp.fc2.weight")
     depths = tuple(
         len({key.split(".")[5] for key in state if key.startswith(f"{encoder}stages.{stage}.blocks.")})
         for stage in range(4)
     )
-    stem = (shape(f"{encoder}stem.conv1.weight")[0], shape(f"{encoder}stem.conv2.weight")[0])
+    stem = (size(f"{encoder}stem.conv1.weight"), size(f"{encoder}stem.conv2.weight"))
     try:
         return ModelConfig(
-            num_classes=shape("decoder_0.last_layer.weight")[0],
+            num_classes=size("decoder_0.last_layer.weight"),
             deep_decoder=deep_decoder,
             stem=stem,
             width=width,
             depths=depths,  # type: ignore[arg-type]  # four numbers by construction
             head_width=width // heads,
         )
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(checkpoint.path, f"its shapes give no network ({error})", "expected MSA2Net's") from error
 
 
@@ -191,10 +206,33 @@ def used_state(model: MSA2Net) -> dict[str, Tensor]:
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes `.safetensors` beside `path` and renames it, so that a kill leaves the old file or the new one."""
+    """Writes `.safetensors` beside `path` and renames it, so that a kill leaves the old file or the new one.
+
+    The same tensors and metadata give the same bytes.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, partial, dict(metadata or {}))
-    partial.replace(path)
+    try:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()}, partial, dict(metadata or {})
+        )
+        _sort_metadata(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes metadata in an order that changes from call to call: here in that of its keys."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) > length:
+                raise CheckpointError(file, f"its header grew to {len(text)} bytes", f"expected {length} at most")
+            opened.seek(8)
+            opened.write(text.ljust(length))
 
 
 def rule_value(key: str, shape: tuple[int, ...], name: str | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint
+from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
 from msa2net.core.config import IMAGE_SIZE, VARIANTS
 from msa2net.core.maxvit import LayerScale
 from msa2net.core.network import MSA2Net, is_unused
@@ -54,14 +54,9 @@ def _draw(task: tuple[str, int]) -> Frames:
     return drawn.image, drawn.mask
 
 
-def draw_frames(first_seed: int, per_kind: tuple[int, ...], label: str) -> Frames:
-    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8: `per_kind` of each kind, in turn as far as they go."""
-    tasks = [
-        (kind, first_seed + i)
-        for i in range(max(per_kind))
-        for kind, count in zip(KINDS, per_kind, strict=True)
-        if i < count
-    ]
+def draw_frames(first_seed: int, per_kind: int, label: str) -> Frames:
+    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8; the kinds alternate."""
+    tasks = [(kind, first_seed + i) for i in range(per_kind) for kind in KINDS]
     images = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     masks = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     # One process a core, each with one BLAS thread: read when numpy is first imported, so the children start afresh.
@@ -145,34 +140,12 @@ def scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8]) -> dict[str
 
 def evaluate(checkpoint: Path, per_kind: int) -> dict[str, dict[str, float]]:
     """Scores of the checkpoint and of Otsu's threshold on `per_kind` unseen phantoms of each kind."""
-    images, masks = draw_frames(TEST_SEED, (per_kind,) * len(KINDS), "test phantoms")
+    images, masks = draw_frames(TEST_SEED, per_kind, "test phantoms")
     result = scores(predict_masks(load_model(read_checkpoint(checkpoint)), images), masks)
     baseline = scores(np.stack([otsu_largest_component(image) for image in images]), masks)
     for kind in KINDS:
         result[kind]["otsu_dice"] = baseline[kind]["dice"]
     return result
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the training with its own phantoms and its own cosine: steps `first` up to `end`."""
-
-    first: int
-    end: int
-    rate: float
-    first_seed: int
-    frames: tuple[int, ...]  # of each kind
-
-
-def phases_of(arguments: argparse.Namespace) -> list[Phase]:
-    """The main phase, then a shorter one at half the rate on new phantoms, three quarters of them ultrasound.
-
-    Dermoscopy is learnt in the first; bright lesions, an eighth of the ultrasound frames, need the second.
-    """
-    half, quarter = arguments.frames // 2, arguments.frames // 4
-    main = Phase(0, arguments.steps, arguments.rate, TRAIN_SEED, (half, half))
-    end = arguments.steps + arguments.refine
-    return [main, Phase(main.end, end, arguments.rate / 2, TRAIN_SEED + half, (quarter, 3 * quarter))]
 
 
 def batch_at(step: int, count: int, batch: int, seed: int) -> NDArray[np.int64]:
@@ -181,12 +154,11 @@ def batch_at(step: int, count: int, batch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)[position * batch : (position + 1) * batch]
 
 
-def rate_at(step: int, phase: Phase, warmup: int = 100) -> float:
+def rate_at(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then half a cosine down to zero."""
-    step -= phase.first
     if step < warmup:
-        return phase.rate * (step + 1) / warmup
-    return phase.rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, phase.end - phase.first - warmup)))
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class Training:
@@ -252,43 +224,39 @@ def train(arguments: argparse.Namespace) -> Path:
     """Runs or resumes the training; returns the path of the finished checkpoint."""
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    names = ("variant", "steps", "refine", "batch", "frames", "rate", "seed")
+    names = ("variant", "steps", "batch", "frames", "rate", "seed")
     training = Training({name: getattr(arguments, name) for name in names}, output / "state.pt")
     training.restore()
-    phases = phases_of(arguments)
-    validation = draw_frames(VALIDATION_SEED, (arguments.validation,) * len(KINDS), "validation phantoms")
+    validation = draw_frames(VALIDATION_SEED, arguments.validation, "validation phantoms")
+    images, masks = draw_frames(TRAIN_SEED, arguments.frames // len(KINDS), "training phantoms")
     with (
         (output / "log.csv").open("a" if training.step else "w", newline="") as log,
-        tqdm(total=phases[-1].end, initial=training.step, unit="step") as bar,
+        tqdm(total=arguments.steps, initial=training.step, unit="step") as bar,
     ):
         writer = csv.writer(log)
         if not training.step:
             columns = [f"{kind}_{name}" for kind in KINDS for name in ("dice", "alarms")]
             writer.writerow(["step", "loss", "rate", *columns])
-        for phase in phases:
-            if training.step >= phase.end:
+        losses: list[float] = []
+        while training.step < arguments.steps:
+            step = training.step
+            chosen = batch_at(step, len(images), arguments.batch, arguments.seed)
+            rng = np.random.default_rng([arguments.seed, step])
+            x, y = augment(to_input(images[chosen]), torch.from_numpy(masks[chosen]).long(), rng)
+            rate = rate_at(step, arguments.steps, arguments.rate)
+            losses.append(training.advance(x, y, rate))
+            bar.update()
+            if training.step % arguments.every and training.step < arguments.steps:
                 continue
-            images, masks = draw_frames(phase.first_seed, phase.frames, "training phantoms")
-            losses: list[float] = []
-            while training.step < phase.end:
-                step = training.step
-                chosen = batch_at(step, len(images), arguments.batch, arguments.seed)
-                rng = np.random.default_rng([arguments.seed, step])
-                x, y = augment(to_input(images[chosen]), torch.from_numpy(masks[chosen]).long(), rng)
-                rate = rate_at(step, phase)
-                losses.append(training.advance(x, y, rate))
-                bar.update()
-                if training.step % arguments.every and training.step < phase.end:
-                    continue
-                found = scores(predict_masks(training.model, validation[0]), validation[1])
-                figures = [found[kind][name] for kind in KINDS for name in ("dice", "false_alarms")]
-                writer.writerow([step + 1, f"{np.mean(losses):.4f}", f"{rate:.2e}", *(f"{f:.4f}" for f in figures)])
-                log.flush()
-                bar.set_postfix_str(f"loss {np.mean(losses):.3f} Dice {figures[0]:.3f} {figures[2]:.3f}")
-                losses = []
-                training.save()
+            found = scores(predict_masks(training.model, validation[0]), validation[1])
+            figures = [found[kind][name] for kind in KINDS for name in ("dice", "false_alarms")]
+            writer.writerow([step + 1, f"{np.mean(losses):.4f}", f"{rate:.2e}", *(f"{f:.4f}" for f in figures)])
+            log.flush()
+            bar.set_postfix_str(f"loss {np.mean(losses):.3f} Dice {figures[0]:.3f} {figures[2]:.3f}")
+            losses = []
+            training.save()
     result = output / "demo.safetensors"
-    save_checkpoint(result, training.model.state_dict(), METADATA)
+    save_checkpoint(result, used_state(training.model), METADATA)
     return result
 
 
@@ -296,8 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m msa2net.core.train", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("build/training"), help="folder of state, log and result")
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="tiny")
-    parser.add_argument("--steps", type=int, default=2000, help="of the main phase")
-    parser.add_argument("--refine", type=int, default=1000, help="steps of the second phase, mostly ultrasound")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--frames", type=int, default=8000, help="training phantoms, both kinds together")
     parser.add_argument("--validation", type=int, default=60, help="validation phantoms of each kind")

@@ -117,7 +117,8 @@ def compare(
 def require(artifact: str, figures: dict[str, Any]) -> None:
     """Raises ExportError with the figures if an fp32 artifact is further from the reference than rounding explains."""
     limit = LOGIT_LIMIT * max(1.0, figures["largest_logit"])
-    if figures["logit_difference"] > limit or figures["pixel_agreement"] < PIXEL_LIMIT:
+    # Asked this way round, NaN does not pass.
+    if not (figures["logit_difference"] <= limit and figures["pixel_agreement"] >= PIXEL_LIMIT):
         raise ExportError(
             f"parity of {artifact}",
             f"largest logit difference {figures['logit_difference']:.2e}, equal pixels "

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
+from msa2net.core.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint, used_state
 from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.network import MSA2Net
-from msa2net.errors import ExportError
+from msa2net.errors import CheckpointError, ExportError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
 from msa2net.runtimes.backends import RUNTIMES, backend_class, default_threads
@@ -71,12 +71,15 @@ def export_bundle(
     """
     output = Path(output)
     check_target(output.absolute(), force)
+    runtimes = tuple(dict.fromkeys(runtimes))  # one named twice is exported once
+    if not runtimes:
+        raise ExportError("runtimes", "got none", f"expected some of {', '.join(RUNTIMES)}")
     for runtime in runtimes:
         backend_class(runtime)
     read = read_checkpoint(checkpoint)
     model = load_model(read)
     said = read.metadata
-    names = list(classes or json.loads(said.get("classes", "null")) or _class_names(model.config.num_classes))
+    names = list(classes or _said(read, "classes", []) or _class_names(model.config.num_classes))
     if len(names) != model.config.num_classes or len(set(names)) != len(names):
         raise ExportError(
             "classes", f"got {', '.join(names)}", f"expected {model.config.num_classes} different names", "Name all."
@@ -85,8 +88,8 @@ def export_bundle(
         "height": IMAGE_SIZE,
         "width": IMAGE_SIZE,
         "channels": channels,
-        "mean": _per_channel("mean", mean or json.loads(said.get("mean", "[0.5]")), channels),
-        "std": _per_channel("std", std or json.loads(said.get("std", "[0.5]")), channels),
+        "mean": _per_channel("mean", mean or _said(read, "mean", [0.5]), channels),
+        "std": _per_channel("std", std or _said(read, "std", [0.5]), channels),
         "resize": "bilinear",
         "fit": fit,
     }
@@ -140,6 +143,23 @@ def export_bundle(
         bar.set_postfix_str("writing")
         bar.update()
     return output
+
+
+def _said(read: Checkpoint, key: str, default: list[Any]) -> list[Any]:
+    """A list from the checkpoint's metadata, which anybody can have written."""
+    if key not in read.metadata:
+        return default
+    kind = str if key == "classes" else (int, float)
+    try:
+        found = json.loads(read.metadata[key])
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
+        shown = read.metadata[key][:40]
+        raise CheckpointError(
+            read.path, f"its metadata {key!r} is {shown!r}", "expected a JSON list", f"Give --{key} instead."
+        )
+    return found
 
 
 def _class_names(count: int) -> list[str]:

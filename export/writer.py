@@ -28,7 +28,7 @@ def new_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
     """A folder to write a bundle into; when the block ends it is summed, synced and becomes `output`.
 
     If the block raises, the folder is removed and `output` is as it was.
-    Raises ExportError if `output` exists and not `force`, or if it exists and is no bundle.
+    Raises ExportError if `output` exists and not `force`, if it exists and is no bundle, or if it cannot be written.
     """
     output = output.absolute()
     check_target(output, force)
@@ -36,16 +36,18 @@ def new_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
         raise ExportError(
             output.parent, "no such folder", "expected the folder that will hold the bundle", "Create it."
         )
-    with _locked(output.parent):
+    with _explained(output), _locked(output.parent):
         _clear_abandoned(output.parent)
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=output.parent))
         lock = _lock(partial)
     try:
         yield partial
-        _write_sums(partial)
-        _sync(partial)
-        check_target(output, force)
-        _publish(partial, output)
+        with _explained(output):
+            _write_sums(partial)
+            _sync(partial)
+            check_target(output, force)
+            _publish(partial, output, replace=force and output.exists())
+        _sync_entry(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # after an exchange this is the old bundle
         os.close(lock)
@@ -111,21 +113,41 @@ def _sync(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _publish(partial: Path, output: Path) -> None:
-    flag = _EXCHANGE if output.exists() else _NO_REPLACE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(_HERE, os.fsencode(partial), _HERE, os.fsencode(output), flag):
-        code = ctypes.get_errno()
-        if code in (errno.EINVAL, errno.ENOSYS) and flag == _NO_REPLACE:
-            partial.rename(output)  # a file system without the flag still refuses a folder that is not empty
-        elif code in (errno.EINVAL, errno.ENOSYS):
-            raise ExportError(
-                output, "this file system cannot exchange two folders in one step", "", "Export to a new name instead."
-            )
-        else:
-            raise ExportError(output, f"cannot be written ({os.strerror(code)})", "", "Nothing was changed.")
-    descriptor = os.open(output.parent, os.O_RDONLY)
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise ExportError(
+            output, f"cannot be written ({error.strerror or error})", "", "Nothing was changed."
+        ) from error
+
+
+def _publish(partial: Path, output: Path, *, replace: bool) -> None:
+    """Gives `partial` the name `output`: in exchange with the bundle there, or only if nothing has that name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flag = _EXCHANGE if replace else _NO_REPLACE
+    if not libc.renameat2(_HERE, os.fsencode(partial), _HERE, os.fsencode(output), flag):
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
+    if replace:
+        raise ExportError(
+            output, "this file system cannot exchange two folders in one step", "", "Export to a new name instead."
+        )
+    partial.rename(output)  # without the flag a folder that is not empty, or a file, is still refused
+
+
+def _sync_entry(output: Path) -> None:
+    """The parent folder, so that the new name outlasts a power cut."""
+    try:
+        descriptor = os.open(output.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ExportError(
+            output, f"is written, but its name may be lost in a power cut ({error.strerror})", "", "Check the disk."
+        ) from error

@@ -28,7 +28,10 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 RESIZE_RULES = ("bilinear",)
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "bilinear")
-_SUMS_LINE = re.compile(r"([0-9a-f]{64})  ([^\x00-\x1f\\]+)")
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
+_TEXT = re.compile(f"[^{_CONTROL}]*")
+_SUMS_LINE = re.compile(f"([0-9a-f]{{64}})  ([^{_CONTROL}\\\\]+)")
+_COPY_ANEW = "Copy the bundle anew."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +121,13 @@ class _Node:
         self.value, self.path = value, path
 
     def refuse(self, expected: str) -> BundleError:
-        shown = json.dumps(self.value)
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        if isinstance(self.value, dict):
+            shown = "an object"
+        elif isinstance(self.value, list):
+            shown = f"a list of {len(self.value)}"
+        else:
+            shown = json.dumps(self.value)
+            shown = shown if len(shown) <= 40 else shown[:37] + "..."
         return BundleError(f"{MANIFEST} {self.path}", f"got {shown}", f"expected {expected}", "Export the model again.")
 
     def get(self, key: str) -> _Node:
@@ -144,6 +152,8 @@ class _Node:
     def text(self, *choices: str) -> str:
         if not isinstance(self.value, str) or (choices and self.value not in choices):
             raise self.refuse(" or ".join(map(repr, choices)) or "a string")
+        if not _TEXT.fullmatch(self.value):
+            raise self.refuse("a string without control characters")
         return self.value
 
     def integer(self, least: int, most: int) -> int:
@@ -151,16 +161,17 @@ class _Node:
             raise self.refuse(f"a whole number from {least} to {most}")
         return self.value
 
-    def number(self, least: float, most: float = math.inf) -> float:
+    def number(self, least: float, most: float) -> float:
         if type(self.value) not in (int, float) or not least <= self.value <= most:
-            raise self.refuse(f"a number from {least} to {most}")
+            raise self.refuse(f"a number from {least:g} to {most:g}")
         return float(self.value)
 
 
 def parse_manifest(content: bytes) -> Manifest:
     """The manifest from its bytes. Raises BundleError naming the JSON path, the value and what was expected."""
     try:
-        root = _Node(json.loads(content))
+        text = content.decode("utf-8")
+        root = _Node(json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_finite))
     except (ValueError, RecursionError) as error:
         raise BundleError(
             MANIFEST, f"not JSON ({error})", "expected a JSON object", "Export the model again."
@@ -168,7 +179,9 @@ def parse_manifest(content: bytes) -> Manifest:
     version = _schema_version(root.get("schema_version"))
     model, contract = root.get("model"), root.get("input")
     channels = contract.get("channels").integer(1, 3)
-    return Manifest(
+    if channels == 2:
+        raise contract.get("channels").refuse("1 (grey) or 3 (RGB)")
+    manifest = Manifest(
         schema_version=version,
         model_name=model.get("name").text(),
         model_version=model.get("version").text(),
@@ -198,10 +211,36 @@ def parse_manifest(content: bytes) -> Manifest:
             for node in root.get("golden").items(1)
         ),
     )
+    names = [artifact.name for artifact in manifest.artifacts]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise BundleError(
+                f"{MANIFEST} $.artifacts[{i}]", f"a second {name}", "expected one of each", "Export the model again."
+            )
+    return manifest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields. Readers differ in which of two equal ones they take, so two are refused."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has one field twice")
+    return found
+
+
+def _not_json(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError("a number is too large")
+    return number
 
 
 def _schema_version(node: _Node) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", node.text())
+    found = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", node.text())
     if not found:
         raise node.refuse("MAJOR.MINOR")
     version = int(found[1]), int(found[2])
@@ -220,7 +259,7 @@ def _schema_version(node: _Node) -> tuple[int, int]:
 
 
 def _artifact(node: _Node) -> Artifact:
-    tolerance = node.get("tolerance")
+    tolerance, versions = node.get("tolerance"), node.get("versions")
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
@@ -232,8 +271,8 @@ def _artifact(node: _Node) -> Artifact:
             )
             for file in node.get("files").items(1)
         ),
-        versions={key: str(value) for key, value in node.get("versions").object().items()},
-        tolerance=Tolerance(logit=tolerance.get("logit").number(0), pixels=tolerance.get("pixels").number(0, 1)),
+        versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
+        tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
         parity=node.get("parity").object(),
     )
 
@@ -244,6 +283,11 @@ def digest_of(file: BufferedReader) -> str:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
     return digest
+
+
+def _shown(path: str) -> str:
+    """A path as it may stand in a message of one line: a file system allows any byte in it."""
+    return path if _TEXT.fullmatch(path) else ascii(path)
 
 
 def files_below(root: Path) -> list[str]:
@@ -257,17 +301,19 @@ def files_below(root: Path) -> list[str]:
             if stat.S_ISREG(mode):
                 found.append(relative)
             elif not stat.S_ISDIR(mode):
-                raise BundleError(
-                    relative, "is a link or a device", "expected only regular files", "Copy the bundle anew."
-                )
+                raise BundleError(_shown(relative), "is a link or a device", "expected only regular files", _COPY_ANEW)
     return sorted(found)
+
+
+def _unreadable(relative: str, error: OSError) -> BundleError:
+    return BundleError(relative, f"cannot be read ({error.strerror})", "expected a readable file", _COPY_ANEW)
 
 
 class Bundle:
     """An opened bundle: `path`, `manifest`, `sums` (path -> SHA-256) and `digest`, the SHA-256 of its SHA256SUMS.
 
     Opening checks that exactly the listed files are there, the manifest's digest, its schema, and the artifacts'
-    sizes. The digest of a model or golden file is checked when it is used, that of every file by `verify`.
+    sums and sizes. The digest of a model or golden file is checked when it is used, that of every file by `verify`.
     Raises BundleError.
     """
 
@@ -277,7 +323,10 @@ class Bundle:
             raise BundleError(self.path, "no such folder", "expected a bundle", "Make one with 'msa2net export'.")
         if not (self.path / SUMS).is_file():
             raise BundleError(self.path, f"no {SUMS} in it", "expected a bundle", "Make one with 'msa2net export'.")
-        content = (self.path / SUMS).read_bytes()
+        try:
+            content = (self.path / SUMS).read_bytes()
+        except OSError as error:
+            raise _unreadable(SUMS, error) from error
         self.digest = hashlib.sha256(content).hexdigest()
         self.sums = self._parse_sums(content)
         self._check_listing()
@@ -285,58 +334,78 @@ class Bundle:
         for artifact in self.manifest.artifacts:
             for entry in artifact.files:
                 self._check_entry(entry)
+        for golden in self.manifest.golden:
+            for relative in (golden.frame, golden.logits, golden.mask):
+                self._check_listed(relative)
 
     @staticmethod
     def _parse_sums(content: bytes) -> dict[str, str]:
+        try:
+            *lines, rest = content.decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise BundleError(SUMS, "not UTF-8", "expected lines of sha256sum", _COPY_ANEW) from error
+        if rest:
+            raise BundleError(SUMS, "its last line has no end", "expected whole lines", _COPY_ANEW)
         sums: dict[str, str] = {}
-        for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
+            place = f"{SUMS} line {number}"
             found = _SUMS_LINE.fullmatch(line)
             if not found:
-                raise BundleError(f"{SUMS} line {number}", "not a sum", "expected '<64 hex digits>  <path>'")
+                raise BundleError(place, "not a sum", "expected '<64 hex digits>  <path>'", _COPY_ANEW)
             parts = found[2].split("/")
-            if found[2] in sums or found[2] == SUMS or not all(parts) or {".", ".."} & set(parts):
+            if found[2] in sums or found[2] == SUMS or not all(parts) or False:
                 raise BundleError(
-                    f"{SUMS} line {number}", f"got the path {found[2]!r}", "expected one of its own below it"
+                    place,
+                    f"got the path {found[2]!r}",
+                    "expected a file inside the bundle, listed once",
+                    "Do not use this bundle: export the model again.",
                 )
             sums[found[2]] = found[1]
         if MANIFEST not in sums:
-            raise BundleError(SUMS, f"no line for {MANIFEST}", "expected one")
+            raise BundleError(SUMS, f"no line for {MANIFEST}", "expected one", _COPY_ANEW)
         return sums
 
     def _check_listing(self) -> None:
         present = set(files_below(self.path)) - {SUMS}
         complaints = [
-            f"{kind} {', '.join(sorted(paths))}"
+            f"{kind} {', '.join(map(_shown, sorted(paths)))}"
             for kind, paths in (("missing", self.sums.keys() - present), ("extra", present - self.sums.keys()))
             if paths
         ]
         if complaints:
-            raise BundleError(
-                self.path, "; ".join(complaints), f"expected exactly the files of {SUMS}", "Copy the bundle anew."
-            )
+            raise BundleError(self.path, "; ".join(complaints), f"expected exactly the files of {SUMS}", _COPY_ANEW)
 
     def _check_entry(self, entry: FileEntry) -> None:
-        if self.sums.get(entry.path) != entry.sha256:
-            raise BundleError(entry.path, f"its sums in {MANIFEST} and {SUMS} differ", "expected the same")
+        self._check_listed(entry.path)
+        if self.sums[entry.path] != entry.sha256:
+            raise BundleError(
+                entry.path, f"its sums in {MANIFEST} and {SUMS} differ", "expected the same", "Export the model again."
+            )
         size = (self.path / entry.path).stat().st_size
         if size != entry.bytes:
             raise BundleError(
                 entry.path, f"got {size} bytes", f"expected {entry.bytes}", "The copy is incomplete: copy it anew."
             )
 
+    def _check_listed(self, relative: str) -> None:
+        if relative not in self.sums:
+            raise BundleError(
+                MANIFEST, f"names the file {relative!r}", f"expected one listed in {SUMS}", "Export the model again."
+            )
+
     @contextmanager
     def open(self, relative: str) -> Iterator[BufferedReader]:
         """The file, open for reading and with its digest already held against the sums."""
-        if relative not in self.sums:
-            raise BundleError(f"{MANIFEST}", f"names the file {relative!r}", f"expected one listed in {SUMS}")
-        with (self.path / relative).open("rb") as file:
-            found = digest_of(file)
+        self._check_listed(relative)
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context((self.path / relative).open("rb"))
+                found = digest_of(file)
+            except OSError as error:
+                raise _unreadable(relative, error) from error
             if found != self.sums[relative]:
                 raise BundleError(
-                    relative,
-                    f"changed: SHA-256 {found[:12]}…",
-                    f"expected {self.sums[relative][:12]}…",
-                    "Copy the bundle anew.",
+                    relative, f"changed: SHA-256 {found[:12]}…", f"expected {self.sums[relative][:12]}…", _COPY_ANEW
                 )
             yield file
 
@@ -359,7 +428,8 @@ class Bundle:
             )
 
     def verify(self) -> int:
-        """Checks the digest of every file; returns their number. Raises BundleError listing all that changed."""
+        """Checks the list of files and the digest of each; returns their number. Raises BundleError listing all."""
+        self._check_listing()
         changed = []
         for relative in self.sums:
             try:
@@ -368,9 +438,7 @@ class Bundle:
             except BundleError:
                 changed.append(relative)
         if changed:
-            raise BundleError(
-                self.path, f"changed {', '.join(changed)}", f"expected the sums of {SUMS}", "Copy it anew."
-            )
+            raise BundleError(self.path, f"changed {', '.join(changed)}", f"expected the sums of {SUMS}", _COPY_ANEW)
         return len(self.sums)
 
     def artifact(self, runtime: str, precision: str) -> Artifact:

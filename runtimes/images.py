@@ -1,11 +1,14 @@
 """Image files to frames: PNG, JPEG, TIFF, numpy and DICOM, told apart by their content.
 
 Pillow and pydicom are imported on use. No message names a path or an attribute of the file: both can name a patient.
+The libraries' own errors do, so they are cut off (`from None`). Pillow reads 16-bit colour as 8 bits per channel.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,18 @@ if TYPE_CHECKING:
 
 Frame = tuple[NDArray[Any], int | None]  # pixels, and for uint16 how many bits are stored
 FORMATS = ("PNG", "JPEG", "TIFF")
+PHOTOMETRIC = (
+    "MONOCHROME1",
+    "MONOCHROME2",
+    "PALETTE COLOR",
+    "RGB",
+    "YBR_FULL",
+    "YBR_FULL_422",
+    "YBR_ICT",
+    "YBR_RCT",
+)
+_NPY = b"\x93NUMPY"
+_TIFF_PHOTOMETRIC = 262  # the tag PhotometricInterpretation; 0: the smallest value is white
 _KINDS = "PNG, JPEG, TIFF, .npy or DICOM"
 _DECODERS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg pylibjpeg-rle"
 
@@ -41,7 +56,7 @@ def single(source: Any, bits: int | None = None) -> Frame:
 
 def read_frames(source: Any) -> Iterator[Frame]:
     """The frames of a path, PIL image or pydicom Dataset, one at a time. Raises FrameError for what cannot be read."""
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         yield from _from_file(Path(source))
     elif hasattr(source, "file_meta"):
         yield from _from_dataset(source)
@@ -57,16 +72,23 @@ def read_frames(source: Any) -> Iterator[Frame]:
 
 
 def _from_file(path: Path) -> Iterator[Frame]:
-    if not path.exists():
-        raise FrameError("image", "no such file", f"expected a {_KINDS} file", "Check the path.")
-    if not path.is_file():
-        raise FrameError("image", "not a regular file", f"expected a {_KINDS} file", "Give the files one by one.")
-    with path.open("rb") as file:
-        start = file.read(132)
+    try:
+        if not path.exists():
+            raise FrameError("image", "no such file", f"expected a {_KINDS} file", "Check the path.")
+        if not path.is_file():
+            raise FrameError("image", "not a regular file", f"expected a {_KINDS} file", "Give the files one by one.")
+        with path.open("rb") as file:
+            start = file.read(132)
+        content = path.read_bytes() if start.startswith(_NPY) else b""
+    except OSError as error:
+        reason = os.strerror(error.errno or errno.EIO)
+        raise FrameError(
+            "image", f"cannot be opened ({reason})", f"expected a {_KINDS} file", "Check the path and its permissions."
+        ) from None
     if not start:
         raise FrameError("image", "an empty file", f"expected a {_KINDS} file", "Copy it anew.")
-    if start.startswith(b"\x93NUMPY"):
-        array = read_npy(path.read_bytes())
+    if content:
+        array = read_npy(content)
         stacked = array.ndim == 4 and array.shape[-1] == 3
         yield from ((frame, None) for frame in (array if stacked else [array]))
     elif start[128:] == b"DICM":
@@ -78,11 +100,11 @@ def _from_file(path: Path) -> Iterator[Frame]:
 def read_npy(content: bytes) -> NDArray[Any]:
     """The array of a `.npy` file's bytes. Raises FrameError if it is damaged or would need unpickling."""
     try:
-        array: NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError) as error:
+        array: NDArray[Any] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception:  # the header is Python's syntax: damaged, it raises nearly anything
         raise FrameError(
             "image", "a damaged .npy file, or one of objects", "expected a whole array of numbers", "Save it anew."
-        ) from error
+        ) from None
     return array
 
 
@@ -94,12 +116,12 @@ def _from_image(path: Path) -> Iterator[Frame]:
 
     try:
         image = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise _too_many_pixels("more than Pillow's limit") from error
-    except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels("too many") from None
+    except Exception:  # Pillow's plugins raise many kinds for a damaged header
         raise FrameError(
             "image", "not a readable image", f"expected a {_KINDS} file", "Is it whole, and of one of these formats?"
-        ) from error
+        ) from None
     with image:
         yield from _from_pillow(image)
 
@@ -109,36 +131,72 @@ def _too_many_pixels(found: object) -> FrameError:
 
 
 def _from_pillow(image: Image.Image) -> Iterator[Frame]:
-    from PIL import ImageOps
-
-    for index in range(getattr(image, "n_frames", 1)):
-        if image.width * image.height > MAX_PIXELS:
-            raise _too_many_pixels(image.width * image.height)
+    """The pages of an image. Of a JPEG that carries more pictures (a preview, a gain map) the first is the image."""
+    index = 0
+    while True:
         try:
-            if index or getattr(image, "n_frames", 1) > 1:
-                image.seek(index)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        except Exception as error:  # a truncated file raises OSError, SyntaxError, struct.error and more
+            count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if index == count:
+                return
+            pixels = _page(image, index if count > 1 else None)
+        except FrameError:
+            raise
+        except Exception:  # a truncated file raises OSError, SyntaxError, struct.error and more
             raise FrameError(
                 "image",
                 f"{image.format or 'image'} data is truncated or damaged",
                 "expected a whole file",
                 "Copy it anew.",
-            ) from error
-        yield _pixels(upright), None
+            ) from None
+        yield pixels, None
+        index += 1
+
+
+def _page(image: Image.Image, index: int | None) -> NDArray[Any]:
+    from PIL import Image, ImageOps
+
+    try:
+        if index is not None:
+            image.seek(index)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels("too many") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_many_pixels(image.width * image.height)
+    _load(image)
+    pixels = _pixels(ImageOps.exif_transpose(image))
+    white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0
+    # Pillow inverts such a file's 8 bits, but not its 16.
+    return np.invert(pixels) if white_is_zero and pixels.dtype == np.uint16 else pixels
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes the pixels, with the file's name out of Pillow's sight.
+
+    Knowing it, Pillow maps an uncompressed TIFF into memory, and scrambles one stored on its side (orientation 5 to 8).
+    """
+    attributes = vars(image)
+    name = attributes.get("filename")
+    if name:
+        attributes["filename"] = ""
+    try:
+        image.load()
+    finally:
+        if name:
+            attributes["filename"] = name
 
 
 def _pixels(image: Image.Image) -> NDArray[Any]:
     mode = image.mode
-    if mode == "P" and "transparency" not in image.info:
-        image = image.convert("RGB")
-    elif mode == "1":
-        image = image.convert("L")
-    elif mode in ("LA", "RGBA", "PA", "P", "La", "RGBa"):
+    if mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
         raise FrameError(
             "image", f"got mode {mode}, with transparency", "expected grey or RGB", "Drop the alpha channel."
         )
+    if mode == "P":
+        image = image.convert("RGB")
+    elif mode == "1":
+        image = image.convert("L")
+    elif mode == "I":
+        raise FrameError("image", "got 32-bit or signed whole numbers", "expected grey or RGB", "Save it as 16 bits.")
     elif mode not in ("L", "RGB", "F", "I;16", "I;16L", "I;16B", "I;16N"):
         raise FrameError("image", f"got mode {mode}", "expected grey or RGB", "Convert it: image.convert('RGB').")
     pixels = np.asarray(image)
@@ -157,48 +215,79 @@ def _from_dicom(path: Path) -> Iterator[Frame]:
         ) from error
     try:
         dataset = pydicom.dcmread(path)
-    except Exception as error:  # a damaged file raises whatever its first broken element leads to
-        raise FrameError(
-            "image", "DICOM data is truncated or damaged", "expected a whole file", "Copy it anew."
-        ) from error
+    except Exception:  # a damaged file raises whatever its first broken element leads to
+        raise _damaged_dicom() from None
     yield from _from_dataset(dataset)
+
+
+def _damaged_dicom(part: str = "data is") -> FrameError:
+    return FrameError("image", f"DICOM {part} truncated or damaged", "expected a whole file", "Copy it anew.")
 
 
 def _from_dataset(dataset: Dataset) -> Iterator[Frame]:
     from pydicom.pixels import apply_color_lut, iter_pixels
 
-    for keyword in ("PixelData", "Rows", "Columns", "BitsStored", "PhotometricInterpretation"):
-        if keyword not in dataset:
-            raise FrameError("image", f"DICOM without {keyword}", "expected an image", "Is it a report or a waveform?")
-    if dataset.Rows * dataset.Columns > MAX_PIXELS:
-        raise _too_many_pixels(dataset.Rows * dataset.Columns)
-    if dataset.get("PixelRepresentation", 0):
-        raise FrameError(
-            "image", "DICOM with signed pixels", "expected unsigned", "Apply the rescale and window first."
-        )
-    bits = int(dataset.BitsStored)
-    syntax = dataset.file_meta.TransferSyntaxUID
-    decoded = iter_pixels(dataset)
+    bits, photometric, syntax = _check_dataset(dataset)
+    decoded = None
     while True:
         try:
+            decoded = iter_pixels(dataset) if decoded is None else decoded
             frame = next(decoded, None)
+            if frame is not None and photometric == "PALETTE COLOR":
+                frame = apply_color_lut(frame, dataset)
         except Exception as error:
-            needs = "decoder" in str(error) or "plugin" in str(error)
+            reasons = ("missing dependencies", "not support", "No pixel data decoders")
+            if not any(reason in str(error) for reason in reasons):
+                raise _damaged_dicom(f"pixels ({syntax}) are") from None
             raise FrameError(
-                "image",
-                f"DICOM pixels ({syntax.name}) " + ("have no decoder here" if needs else "are truncated or damaged"),
-                "expected pixels that can be decoded",
-                _DECODERS if needs else "Copy it anew.",
-            ) from error
+                "image", f"DICOM pixels ({syntax}) have no decoder here", "expected one that is installed", _DECODERS
+            ) from None
         if frame is None:
             return
-        if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            frame = apply_color_lut(frame, dataset)
+        if photometric == "PALETTE COLOR":
             yield frame, None
-        elif dataset.PhotometricInterpretation == "MONOCHROME1":
+        elif photometric == "MONOCHROME1":
             yield _stored(((1 << bits) - 1) - frame, bits)
         else:
             yield _stored(frame, bits)
+
+
+def _check_dataset(dataset: Dataset) -> tuple[int, str, str]:
+    """Bits stored, photometric interpretation and the transfer syntax's name of a dataset that can be segmented."""
+    try:
+        keywords = ("PixelData", "Rows", "Columns", "BitsStored", "PhotometricInterpretation")
+        missing = [keyword for keyword in keywords if not dataset.get(keyword)]
+        uid: Any = getattr(dataset.file_meta, "TransferSyntaxUID", None)
+        if not uid:
+            missing.append("TransferSyntaxUID")
+        if missing:
+            raise FrameError(
+                "image", f"DICOM without {missing[0]}", "expected an image", "Is it a report or a waveform?"
+            )
+        pixels, bits = int(dataset.Rows) * int(dataset.Columns), int(dataset.BitsStored)
+        signed = bool(dataset.get("PixelRepresentation", 0))
+        photometric = str(dataset.PhotometricInterpretation)
+        syntax = "unknown transfer syntax" if uid.name == str(uid) else str(uid.name)
+    except FrameError:
+        raise
+    except Exception:  # an attribute of the wrong kind, parsed only when it is asked for
+        raise _damaged_dicom() from None
+    if pixels > MAX_PIXELS:
+        raise _too_many_pixels(pixels)
+    if signed:
+        raise FrameError(
+            "image", "DICOM with signed pixels", "expected unsigned", "Apply the rescale and window first."
+        )
+    if bits > 16:
+        raise FrameError("image", f"DICOM with {bits} bits stored", "expected at most 16", "Rescale it to 16 bits.")
+    if photometric not in PHOTOMETRIC:
+        raise FrameError(
+            "image",
+            "DICOM of another photometric interpretation",
+            f"expected one of {', '.join(PHOTOMETRIC)}",
+            "Convert it to RGB.",
+        )
+    return bits, photometric, syntax
 
 
 def _stored(frame: NDArray[Any], bits: int) -> Frame:

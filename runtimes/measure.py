@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter_ns
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Mask = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 def dice(prediction: Mask, truth: Mask, label: int = 1) -> float:
@@ -33,27 +35,34 @@ def percentile(samples: Sequence[float], p: float) -> float | None:
     return float(np.percentile(samples, p, method="inverted_cdf" if p != 50 else "linear"))
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    warmup: int = 3,
-    tick: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Times every call once per round, in an order that rotates, so that a drifting machine hits all alike.
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds that one call takes."""
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) / 1e6
 
-    Returns milliseconds per call, in the order measured. `tick` is called after each round (for a progress bar).
+
+def interleaved(
+    calls: Mapping[str, Callable[[], T]],
+    rounds: Iterable[int],
+    *,
+    every: Mapping[str, int] | None = None,
+    pause: float = 0,
+) -> dict[str, list[T]]:
+    """Runs every call once a round, in an order that rotates, so that a drifting machine hits all alike.
+
+    Returns what each call returned (wrap it in `timed` for milliseconds), in order.
+    rounds   their numbers, such as range(100), or a progress bar over that
+    every    calls that run in each n-th round only
+    pause    seconds before each call, for the threads of the call before to stop spinning
     """
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
     names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
+    samples: dict[str, list[T]] = {name: [] for name in names}
+    for i in rounds:
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            start = perf_counter_ns()
-            calls[name]()
-            samples[name].append((perf_counter_ns() - start) / 1e6)
-        tick()
+            if every and i % every.get(name, 1):
+                continue
+            time.sleep(pause)
+            samples[name].append(calls[name]())
     return samples

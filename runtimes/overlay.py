@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from msa2net.runtimes.bundle import ClassInfo
+from msa2net.runtimes.preprocess import check_frame
 
 _FILL = 0.25  # share of the class's colour inside its region; its outline is opaque
 
 
 def to_rgb(frame: NDArray[Any], bits: int | None = None) -> NDArray[np.uint8]:
-    """A frame of the pixel contract as (H, W, 3) uint8, for looking at."""
+    """A frame of the pixel contract as (H, W, 3) uint8, for looking at. Raises FrameError for any other."""
+    frame = check_frame(frame, bits)
     if frame.dtype == np.float32:
         shown = frame * 255
     elif frame.dtype == np.uint16:

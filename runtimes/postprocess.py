@@ -65,7 +65,13 @@ def to_probabilities(
     logits: NDArray[np.float32], placement: Placement, size: tuple[int, int], enlarge: str
 ) -> NDArray[np.float32]:
     """(K, h, w) logits -> (K, H, W) float32 probabilities, enlarged as the mask is: their argmax is the mask."""
-    probabilities = softmax(crop(logits, placement))
+    inside = crop(logits, placement)
+    probabilities = softmax(inside)
+    # Two logits may be closer than their probabilities can tell: there the mask's class is put ahead by one step.
+    winner = inside.argmax(0)[None]
+    highest = np.take_along_axis(probabilities, winner, 0)
+    behind = probabilities.argmax(0) != winner
+    np.put_along_axis(probabilities, winner, np.where(behind, np.nextafter(highest, np.float32(2)), highest), 0)
     if probabilities.shape[1:] == size:
         return probabilities
     if enlarge == "bilinear":

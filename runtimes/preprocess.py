@@ -18,6 +18,7 @@ from msa2net.errors import FrameError
 from msa2net.runtimes.bundle import InputContract
 
 MAX_PIXELS = 2**26  # rows x columns: a little over 8k x 8k; a bigger claim is an attack or a mistake
+MAX_SIDE = 2**15  # rows or columns: a weight table is as wide as its side
 _BAND = 32  # output rows resized at once, so that only their input rows are widened to float32
 
 
@@ -38,6 +39,7 @@ def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
     """
     if not isinstance(frame, np.ndarray):
         raise FrameError("frame", f"got {type(frame).__name__}", "expected a numpy array", "Use numpy.asarray(frame).")
+    frame = np.asarray(frame)  # a masked array's values count, masked or not
     found = f"got {frame.dtype} {frame.shape}"
     if frame.dtype.newbyteorder("=") not in (np.uint8, np.uint16, np.float32):
         advice = "Use frame.astype(numpy.float32)." if frame.dtype.kind == "f" else "Convert it without losing values."
@@ -55,6 +57,8 @@ def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
         raise FrameError(
             "frame", f"{found}: {rows * columns} pixels", f"expected at most {MAX_PIXELS}", "Downscale it."
         )
+    if max(rows, columns) > MAX_SIDE:
+        raise FrameError("frame", found, f"expected at most {MAX_SIDE} rows and columns", "Downscale or tile it.")
     frame = frame.astype(frame.dtype.newbyteorder("="), copy=False)
     if frame.dtype == np.float32:
         _check_values(frame)
@@ -81,9 +85,10 @@ def _check_values(frame: NDArray[np.float32]) -> None:
 
 
 def _check_bits(frame: NDArray[Any], bits: int) -> None:
-    if frame.dtype != np.uint16 or not 1 <= bits <= 16:
+    whole = isinstance(bits, int | np.integer) and not isinstance(bits, bool)
+    if frame.dtype != np.uint16 or not whole or not 1 <= bits <= 16:
         raise FrameError(
-            "bits", f"got {bits} for {frame.dtype}", "expected 1 to 16, and only for uint16", "Leave it out."
+            "bits", f"got {bits!r} for {frame.dtype}", "expected 1 to 16, and only for uint16", "Leave it out."
         )
     if (largest := int(frame.max())) >= 2**bits:
         raise FrameError("frame", f"got the value {largest}", f"expected less than 2**{bits}", "Give the bits stored.")

@@ -1,0 +1,284 @@
+"""Latency of every runtime and precision of a bundle that can run here: `python -m benchmarks.latency`.
+
+All are loaded in one process and timed in interleaved rounds, so that a drifting machine hits all alike. Each must pass
+its golden frames first. Start-up time and peak memory come from a process of each runtime's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from msa2net.benchmarks import machine
+from msa2net.errors import Msa2NetError
+from msa2net.runtimes import Availability, DemoModelWarning, Predictor, Timings
+from msa2net.runtimes.backends import default_threads
+from msa2net.runtimes.bundle import Bundle
+from msa2net.runtimes.images import read_npy
+from msa2net.runtimes.measure import interleaved, percentile, timed
+from msa2net.runtimes.postprocess import nearest_index
+from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+FRAME_SIZE = (480, 640)
+# Between two calls, so that the threads of the runtime before have stopped spinning.
+PAUSE_SECONDS = 0.004
+FLOOR_EVERY = 8  # rounds; a 2048-cubed product takes as long as several frames of the demo
+
+# Argument 1 is the bundle (empty: the demo's), then runtime, precision, threads and the frame's file.
+_CHILD = """
+import sys, time, warnings
+warnings.simplefilter("ignore")
+import numpy
+from msa2net import Predictor
+bundle, runtime, precision, threads, frame = sys.argv[1:]
+predictor = Predictor.load(bundle, runtime=runtime, precision=precision, threads=int(threads))
+predictor.predict(numpy.load(frame))
+done = time.time()
+peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(done, int(peak[0].split()[1]))
+"""
+
+
+def test_frame(bundle: Bundle) -> NDArray[Any]:
+    """The bundle's first golden frame, enlarged to `FRAME_SIZE` so that resizing is part of what is timed."""
+    frame = read_npy(bundle.read(bundle.manifest.golden[0].frame))
+    rows, columns = (nearest_index(source, target) for source, target in zip(frame.shape, FRAME_SIZE, strict=False))
+    return np.ascontiguousarray(frame[rows[:, None], columns])
+
+
+def start_up(path: Path, entry: Availability, threads: int, frame: Path) -> tuple[float, float]:
+    """Seconds from the start of a new process to its first mask, and its peak memory in MB."""
+    arguments = [str(path), entry.runtime, entry.precision, str(threads), str(frame)]
+    start = time.time()
+    child = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=True)
+    done, peak = child.stdout.split()
+    return float(done) - start, int(peak) / 1000
+
+
+def rounds_for(predictors: dict[str, Predictor], frame: NDArray[Any], seconds: float) -> int:
+    """How many rounds fit into `seconds`, 10 to 500; this is the warm-up, too."""
+    start = time.perf_counter()
+    for _ in range(3):
+        for predictor in predictors.values():
+            predictor.predict(frame)
+    return max(10, min(500, math.floor(3 * seconds / (time.perf_counter() - start))))
+
+
+def _timings(predictor: Predictor, frame: NDArray[Any]) -> Timings:
+    return predictor.predict(frame).timings
+
+
+def row(predictor: Predictor, samples: list[Timings]) -> dict[str, Any]:
+    """One runtime's figures, raw samples included; milliseconds."""
+    totals = [timings.total for timings in samples]
+    sizes = [file.bytes for file in predictor.artifact.files]
+    return {
+        "runtime": predictor.artifact.runtime,
+        "precision": predictor.artifact.precision,
+        "n": len(totals),
+        "p50": percentile(totals, 50),
+        "p90": percentile(totals, 90),
+        "p99": percentile(totals, 99),
+        "preprocess": statistics.median(timings.preprocess for timings in samples),
+        "inference": statistics.median(timings.inference for timings in samples),
+        "postprocess": statistics.median(timings.postprocess for timings in samples),
+        "frames_per_second": 1000 / statistics.median(totals),
+        "megabytes": sum(sizes) / 1e6,
+        "execution": predictor.execution.to_json(),
+        "samples": [[round(t.preprocess, 4), round(t.inference, 4), round(t.postprocess, 4)] for t in samples],
+    }
+
+
+def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | None, quick: bool) -> dict[str, Any]:
+    """Runs the benchmark on a bundle; returns what is printed and written as JSON."""
+    bundle = Bundle(path)
+    frame = test_frame(bundle)
+    predictors: dict[str, Predictor] = {}
+    parity, skipped = {}, []
+    for entry in Predictor.available(path):
+        name = f"{entry.runtime} {entry.precision}"
+        if runtimes and entry.runtime not in runtimes:
+            continue
+        if not entry.available:
+            skipped.append({"runtime": entry.runtime, "precision": entry.precision, "reason": entry.reason})
+            continue
+        predictor = Predictor.load(path, runtime=entry.runtime, precision=entry.precision, threads=threads)
+        tested = predictor.self_test()
+        if not tested.passed:
+            skipped.append({"runtime": entry.runtime, "precision": entry.precision, "reason": str(tested)})
+            continue
+        predictors[name] = predictor
+        parity[name] = {"logit_difference": tested.logit_difference, "pixel_agreement": tested.pixel_agreement}
+    if not predictors:
+        reasons = "; ".join(f"{each['runtime']}: {each['reason']}" for each in skipped) or "none was asked for"
+        raise Msa2NetError("benchmark", f"nothing can run here: {reasons}")
+
+    rounds = rounds or rounds_for(predictors, frame, 8 if quick else 60)
+    floor = machine.floor_calls(threads)
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(_timings, predictor, frame) for name, predictor in predictors.items()
+    }
+    calls |= {name: partial(timed, product) for name, product in floor.items()}
+    samples = interleaved(
+        calls,
+        tqdm(range(rounds), "rounds", unit="round", disable=None),
+        every=dict.fromkeys(floor, FLOOR_EVERY),
+        pause=PAUSE_SECONDS,
+    )
+    products = {name: samples[name] for name in floor}
+    rows = [row(predictors[name], samples[name]) | {"parity": parity[name]} for name in predictors]
+    starts: dict[str, list[tuple[float, float]]] = {name: [] for name in predictors}
+    with tempfile.TemporaryDirectory() as folder:
+        frame_file = Path(folder) / "frame.npy"
+        np.save(frame_file, frame)
+        for _ in tqdm(range(1 if quick else 3), "start-up", unit="round", disable=None):
+            for name, predictor in predictors.items():
+                artifact = predictor.artifact
+                entry = Availability(artifact.runtime, artifact.precision, True, "")
+                starts[name].append(start_up(path, entry, threads, frame_file))
+
+    operations = machine.multiply_adds(bundle.manifest)
+    fastest = min(products, key=lambda name: statistics.median(products[name]))
+    product = statistics.median(products[fastest])
+    floor_ms = machine.floor_milliseconds(operations, product) if operations else None
+    eager = next((each["p50"] for each in rows if each["runtime"] == "pytorch" and each["precision"] == "fp32"), None)
+    for each, name in zip(rows, predictors, strict=True):
+        each["speedup_over_eager"] = eager / each["p50"] if eager else None
+        each["inference_over_floor"] = each["inference"] / floor_ms if floor_ms else None
+        each["first_mask_seconds"] = statistics.median(seconds for seconds, _ in starts[name])
+        each["peak_megabytes"] = statistics.median(peak for _, peak in starts[name])
+    for predictor in predictors.values():
+        predictor.close()
+    return {
+        "benchmark": "latency",
+        "machine": machine.describe(threads),
+        "model": {"name": bundle.manifest.model_name, "variant": bundle.manifest.model_variant},
+        "bundle_digest": bundle.digest,
+        "frame": list(frame.shape),
+        "rounds": rounds,
+        "start_up_rounds": len(next(iter(starts.values()))),
+        "multiply_adds": operations,
+        "floor": {
+            "product": fastest,
+            "gflops": 2 * machine.FLOOR_SIZE**3 / product / 1e6,
+            "milliseconds": floor_ms,
+            "samples": products,
+        },
+        "rows": rows,
+        "skipped": skipped,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as aligned text. A figure that could not be measured is a dash."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    about, model = result["machine"], result["model"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads",
+        f"Python {about['python']}, {versions}",
+        f"model {model['name']} ({model['variant']}), frame {' x '.join(map(str, result['frame']))}, "
+        f"commit {about['commit'] or '-'}",
+    ]
+    if result["multiply_adds"]:
+        floor = result["floor"]
+        lines.append(
+            f"floor: {result['multiply_adds'] / 1e9:.2f} G multiply-adds at {floor['gflops']:.0f} GFLOP/s "
+            f"({floor['product']}) = {floor['milliseconds']:.1f} ms"
+        )
+    heads: tuple[str, ...] = ("runtime", "precision", "p50 ms", "p90", "p99", "n", "fps", "pre", "infer", "post")
+    heads += ("x eager", "x floor", "1st mask s", "peak MB", "size MB", "equal px")
+    rows = [
+        (
+            each["runtime"],
+            each["precision"],
+            shown(each["p50"], ".1f"),
+            shown(each["p90"], ".1f"),
+            shown(each["p99"], ".1f"),
+            str(each["n"]),
+            shown(each["frames_per_second"], ".1f"),
+            shown(each["preprocess"], ".1f"),
+            shown(each["inference"], ".1f"),
+            shown(each["postprocess"], ".1f"),
+            shown(each["speedup_over_eager"], ".2f"),
+            shown(each["inference_over_floor"], ".2f"),
+            shown(each["first_mask_seconds"], ".2f"),
+            shown(each["peak_megabytes"], ".0f"),
+            shown(each["megabytes"], ".1f"),
+            shown(each["parity"]["pixel_agreement"], ".3%"),
+        )
+        for each in sorted(result["rows"], key=lambda each: each["p50"])
+    ]
+    widths = [max(len(cells[i]) for cells in (heads, *rows)) for i in range(len(heads))]
+    for cells in (heads, *rows):
+        aligned = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
+        aligned += [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+        lines.append("  ".join(aligned))
+    for each in result["skipped"]:
+        lines.append(f"{each['runtime']:<{widths[0]}}  {each['precision']:<{widths[1]}}  not run: {each['reason']}")
+    return "\n".join(lines)
+
+
+def small_bundle() -> Path:
+    """A bundle of the released size with weights by rule, made once: it is for timing and segments nothing."""
+    from msa2net.core import VARIANTS
+    from msa2net.core.checkpoint import model_by_rule, save_checkpoint
+    from msa2net.export import export_bundle
+
+    target = Path("build") / f"small-by-rule-{machine.describe(1)['versions']['torch'].partition('+')[0]}.bundle"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "small.safetensors"
+            save_checkpoint(checkpoint, model_by_rule(VARIANTS["small"]).state_dict(), {"model": "by rule"})
+            export_bundle(checkpoint, target)
+    return target
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--bundle", type=Path, help="default: the demo's")
+    source.add_argument(
+        "--model", choices=("small",), help="the full network without a checkpoint: weights by rule, for timing only"
+    )
+    parser.add_argument("--runtimes", help="names, separated by commas; default: all that the bundle has")
+    parser.add_argument("--rounds", type=int, help="default: as many as fit into a minute, 10 to 500")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--quick", action="store_true", help="under 40 s: fewer rounds, start-up once")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
+    arguments = parser.parse_args(argv)
+    warnings.simplefilter("ignore", DemoModelWarning)
+    try:
+        path = small_bundle() if arguments.model else arguments.bundle or DEMO_BUNDLE
+        runtimes = arguments.runtimes.split(",") if arguments.runtimes else None
+        result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick)
+    except Msa2NetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

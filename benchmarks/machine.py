@@ -1,0 +1,105 @@
+"""What a figure was measured on, and the arithmetic floor that it is held against."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msa2net.runtimes.backends import default_threads
+from msa2net.runtimes.bundle import Manifest
+
+PACKAGES = ("msa2net-edge", "numpy", "torch", "onnxruntime", "openvino")
+FLOOR_SIZE = 2048
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """Processor, cores, system, versions and, in a checkout, the commit."""
+    return {
+        "processor": _processor(),
+        "cores": default_threads(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def multiply_adds(manifest: Manifest) -> int | None:
+    """Multiply-adds of one frame's convolutions and matrix products; None without torch."""
+    try:
+        import torch
+        from torch.utils.flop_counter import FlopCounterMode
+
+        from msa2net.core import ModelConfig, MSA2Net
+    except ImportError:
+        return None
+    with torch.device("meta"):  # shapes alone: nothing is computed
+        model = MSA2Net(ModelConfig.from_json(manifest.model_config)).eval()
+        image = torch.zeros(1, manifest.input.channels, manifest.input.height, manifest.input.width)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(image)
+    return int(counter.get_total_flops()) // 2
+
+
+def floor_calls(threads: int) -> dict[str, Callable[[], object]]:
+    """Square float32 matrix products of `FLOOR_SIZE` on `threads` threads, by library."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((FLOOR_SIZE, FLOOR_SIZE), np.float32) for _ in range(2))
+    calls: dict[str, Callable[[], object]] = {"np.matmul": lambda: _limited(threads, lambda: np.matmul(a, b))}
+    try:
+        import torch
+    except ImportError:
+        return calls
+    torch.set_num_threads(threads)
+    ta, tb = torch.from_numpy(a), torch.from_numpy(b)
+    calls["torch.mm"] = lambda: torch.mm(ta, tb)
+    return calls
+
+
+def _limited(threads: int, call: Callable[[], object]) -> object:
+    with ExitStack() as stack:
+        try:
+            from threadpoolctl import threadpool_limits
+
+            stack.enter_context(threadpool_limits(threads, "blas"))
+        except ImportError:
+            pass  # numpy then uses every core, as `threads` is by default
+        return call()
+
+
+def floor_milliseconds(operations: int, product_milliseconds: float) -> float:
+    """Time that `operations` multiply-adds take at the rate of the measured product."""
+    return operations / FLOOR_SIZE**3 * product_milliseconds

@@ -1,0 +1,205 @@
+"""The command line: what it prints, writes and refuses, in one process unless a traceback could hide."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msa2net.__main__ import main
+from msa2net.core.phantoms import phantom
+from msa2net.runtimes.backends import RUNTIMES
+
+FRAME = phantom("ultrasound", 5, (90, 120)).image
+
+
+@pytest.fixture
+def png(tmp_path: Path) -> Path:
+    path = tmp_path / "frame.png"
+    Image.fromarray(FRAME).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_predict_writes_mask_and_overlay_of_the_frame_s_size(run: Run, png: Path, tmp_path: Path, runtime: str) -> None:
+    mask, overlay = tmp_path / "mask.png", tmp_path / "overlay.png"
+    code, out, err = run("predict", png, "--runtime", runtime, "--mask", mask, "--overlay", overlay)
+    assert code == 0
+    assert f"on {runtime} " in out
+    assert err == (
+        "warning: no bundle was named: this is the demo model, trained on synthetic phantoms. Not for clinical use.\n"
+    )
+    assert pixels_of(mask).shape == (90, 120)
+    assert set(np.unique(pixels_of(mask))) <= {0, 1}
+    assert pixels_of(overlay).shape == (90, 120, 3)
+
+
+def test_json_counts_every_pixel_and_names_no_path(run: Run, png: Path, bundle: Path) -> None:
+    code, out, err = run("predict", png, png, "--bundle", bundle, "--json")
+    assert (code, err) == (0, "")
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert [report["input"] for report in reports] == [1, 2]
+    for report in reports:
+        assert sum(report["pixels"].values()) == report["height"] * report["width"] == FRAME[..., 0].size
+        assert report["execution"]["precision"] == "fp32"
+    assert png.name not in out
+    assert str(png.parent) not in out
+
+
+def test_a_folder_gives_one_picture_a_frame(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png", ".hidden"):
+        (folder / name).write_bytes(png.read_bytes())
+    code, _, _ = run("predict", folder, "--bundle", bundle, "--overlay", tmp_path / "out")
+    assert code == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["0001_0001.png", "0002_0001.png"]
+
+
+def test_a_clip_gives_one_line_a_frame(run: Run, bundle: Path, examples: Callable[[str], Path]) -> None:
+    code, out, _ = run("predict", examples("ybr_color"), "--bundle", bundle, "--json", "--runtime", "onnxruntime")
+    assert code == 0
+    assert [json.loads(line)["frame"] for line in out.splitlines()] == list(range(1, 31))
+
+
+def test_verify_checks_every_file_and_runtime(run: Run, bundle: Path) -> None:
+    code, out, _ = run("verify", bundle)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].endswith("bundle digest " + lines[0].rpartition(" ")[2])
+    assert [line.split()[0] for line in lines[1:]] == list(RUNTIMES)
+    assert all(" pass: " in line for line in lines[1:])
+
+
+def test_info_shows_what_can_run(run: Run, bundle: Path) -> None:
+    code, out, _ = run("info", bundle)
+    assert code == 0
+    assert "classes  background, lesion" in out
+    assert "Not for clinical use" in out or "notice" in out
+    assert all(f"{runtime:<12} fp32" in out for runtime in RUNTIMES)
+
+
+def damage(bundle: Path) -> None:
+    file = bundle / "onnx" / "model.onnx"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_verify_names_a_changed_file(run: Run, bundle: Path) -> None:
+    damage(bundle)
+    code, out, err = run("verify", bundle)
+    assert (code, out) == (2, "")
+    assert err == f"error: {bundle}: changed onnx/model.onnx, expected the sums of SHA256SUMS. Copy the bundle anew.\n"
+
+
+def test_predict_refuses_a_changed_model_and_writes_nothing(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:
+    damage(bundle)
+    mask = tmp_path / "mask.png"
+    code, _, err = run("predict", png, "--bundle", bundle, "--runtime", "onnxruntime", "--mask", mask)
+    assert code == 2
+    assert err.startswith("error: onnx/model.onnx: changed: SHA-256 ")
+    assert not mask.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "an empty file, expected a PNG, JPEG, TIFF, .npy or DICOM file. Copy it anew."),
+        (b"not an image", "not a readable image, expected a PNG, JPEG, TIFF, .npy or DICOM file. Is it whole"),
+        (None, "no such file, expected a PNG, JPEG, TIFF, .npy or DICOM file. Check the path."),
+    ],
+    ids=["empty", "text", "missing"],
+)
+def test_a_file_that_is_no_image_is_one_line_and_code_2(
+    run: Run, bundle: Path, tmp_path: Path, content: bytes | None, text: str
+) -> None:
+    path = tmp_path / "patient_name.png"
+    if content is not None:
+        path.write_bytes(content)
+    code, _, err = run("predict", path, "--bundle", bundle, "--json")
+    assert code == 2
+    assert err.startswith(f"error: input 1 of 1, image: {text}")
+    assert err.count("\n") == 1
+    assert "patient_name" not in err
+
+
+def test_a_truncated_image_is_named_by_its_number(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(png.read_bytes()[:-200])
+    code, out, err = run("predict", png, broken, "--bundle", bundle, "--json")
+    assert code == 2
+    assert len(out.splitlines()) == 1  # the good one before it
+    assert err == (
+        "error: input 2 of 2, image: PNG data is truncated or damaged, expected a whole file. Copy it anew.\n"
+    )
+
+
+def test_an_array_out_of_range_is_refused(run: Run, bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "frame.npy"
+    np.save(path, np.full((8, 8), 3, np.float32))
+    code, _, err = run("predict", path, "--bundle", bundle, "--json")
+    assert code == 2
+    assert err == (
+        "error: input 1 of 1, frame: got float32 from 3 to 3, expected values in [0, 1]. "
+        "Divide by the type's largest value.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--runtime", "tflite"), "error: runtime: got 'tflite', expected one of auto, openvino, onnxruntime, pytorch"),
+        (("--precision", "int8", "--runtime", "openvino"), "no artifact for openvino in int8, it has: "),
+        (("--threads", "0"), "error: threads: got 0, expected a whole number of at least 1"),
+        (("--overlay", "out.jpg"), "error: out.jpg: got the ending '.jpg', expected .png or a folder"),
+    ],
+    ids=["runtime", "precision", "threads", "overlay"],
+)
+def test_a_wrong_option_is_one_line_and_code_2(
+    run: Run, png: Path, bundle: Path, arguments: tuple[str, ...], text: str
+) -> None:
+    code, out, err = run("predict", png, "--bundle", bundle, *arguments)
+    assert (code, out) == (2, "")
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_two_frames_do_not_fit_into_one_picture(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = run("predict", png, png, "--bundle", bundle, "--mask", tmp_path / "mask.png")
+    assert code == 2
+    assert "got several frames, expected a folder for their pictures" in err
+    assert not (tmp_path / "mask.png").exists()
+
+
+def test_the_command_s_process_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "msa2net", "verify", str(tmp_path / "none.bundle")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'none.bundle'}: no such folder, expected a bundle. Make one with 'msa2net export'.\n"
+    )

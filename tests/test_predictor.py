@@ -1,0 +1,300 @@
+"""`Predictor` on every runtime: parity, determinism, threads, and what it refuses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import msa2net.runtimes.backends as backends
+from msa2net import Predictor
+from msa2net.core.phantoms import phantom
+from msa2net.errors import FrameError, OutputError, RuntimeUnavailableError
+from msa2net.runtimes import DemoModelWarning
+from msa2net.runtimes.images import read_frames
+from msa2net.runtimes.measure import pixel_agreement
+from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+CPU_RUNTIMES = tuple(backends.RUNTIMES)
+REAL = ("rgb_color", "ybr_color", "jpeg2k", "palette_color")
+FRAME = phantom("dermoscopy", 77, (120, 160)).image
+
+
+@pytest.fixture(scope="module")
+def predictors() -> dict[str, Predictor]:
+    return {runtime: Predictor.load(DEMO_BUNDLE, runtime=runtime) for runtime in CPU_RUNTIMES}
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_the_golden_frames_pass(predictors: dict[str, Predictor], runtime: str) -> None:
+    result = predictors[runtime].self_test()
+    assert result.passed
+    assert result.frames >= 2
+    assert 0 <= result.logit_difference <= result.logit_tolerance
+
+
+def test_the_self_test_fails_when_the_runtime_computes_something_else() -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+        infer = predictor._backend.infer
+        predictor._backend.infer = lambda x: infer(x) + np.float32(0.01)  # type: ignore[method-assign]
+        result = predictor.self_test()
+    assert not result.passed
+    assert str(result).startswith("FAIL: ")
+    assert result.logit_difference == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_ultrasound_gives_the_same_mask_on_every_runtime(
+    predictors: dict[str, Predictor], examples: Callable[[str], Path], name: str
+) -> None:
+    for pixels, bits in list(read_frames(examples(name)))[:3]:
+        masks = [predictor.predict(pixels, bits=bits).mask for predictor in predictors.values()]
+        assert all(mask.shape == pixels.shape[:2] for mask in masks)
+        assert min(pixel_agreement(masks[0], mask) for mask in masks[1:]) >= 0.9999
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param(FRAME, id="rgb uint8"),
+        pytest.param(FRAME[..., 0], id="grey uint8"),
+        pytest.param(FRAME.astype(np.uint16) * 257, id="rgb uint16"),
+        pytest.param((FRAME / 255).astype(np.float32), id="rgb float32"),
+        pytest.param(FRAME[::-1, ::2], id="not contiguous"),
+        pytest.param(FRAME[:1, :1], id="one pixel"),
+    ],
+)
+def test_a_frame_gives_the_same_bits_at_every_call(
+    predictors: dict[str, Predictor], runtime: str, frame: np.ndarray
+) -> None:
+    first, second = predictors[runtime].predict(frame), predictors[runtime].predict(frame)
+    assert first.mask.shape == frame.shape[:2]
+    assert first.mask.dtype == np.uint8
+    assert np.array_equal(first.logits, second.logits)
+    assert np.array_equal(first.mask, second.mask)
+
+
+def test_depth_of_pixels_does_not_change_the_mask(predictors: dict[str, Predictor]) -> None:
+    predictor = predictors["onnxruntime"]
+    expected = predictor.predict(FRAME).logits
+    for frame in (FRAME.astype(np.uint16) * 257, (FRAME / 255).astype(np.float32)):
+        assert np.abs(predictor.predict(frame).logits - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_a_kept_result_is_not_overwritten_by_the_next(predictors: dict[str, Predictor], runtime: str) -> None:
+    first = predictors[runtime].predict(FRAME)
+    kept = first.logits.copy()
+    predictors[runtime].predict(255 - FRAME)
+    assert np.array_equal(first.logits, kept)
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_several_threads_get_what_one_gets(predictors: dict[str, Predictor], runtime: str) -> None:
+    frames = [np.roll(FRAME, 7 * i, axis=1) for i in range(4)]
+    expected = [predictors[runtime].predict(frame).logits for frame in frames]
+    found: dict[int, np.ndarray] = {}
+
+    def work(i: int) -> None:
+        found[i] = predictors[runtime].predict(frames[i]).logits
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(frames))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(found[i], expected[i]) for i in range(len(frames)))
+
+
+def test_probabilities_sum_to_one_and_their_argmax_is_the_mask(predictors: dict[str, Predictor]) -> None:
+    seg = predictors["openvino"].predict(FRAME)
+    assert seg.probabilities.shape == (2, *FRAME.shape[:2])
+    assert seg.probabilities.sum(0) == pytest.approx(1, abs=1e-6)
+    assert np.array_equal(seg.probabilities.argmax(0), seg.mask)
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_execution_says_what_was_asked_and_what_ran(predictors: dict[str, Predictor], runtime: str) -> None:
+    execution = predictors[runtime].predict(FRAME).execution
+    assert (execution.runtime, execution.runtime_asked) == (runtime, runtime)
+    assert (execution.precision, execution.precision_asked) == ("fp32", "fp32")
+    assert (execution.device, execution.device_asked) == ("CPU", "CPU")
+    assert execution.threads == backends.default_threads()
+    assert execution.bundle_digest == predictors[runtime].bundle.digest
+    assert execution.runtime_version[0].isdigit()
+
+
+def test_timings_are_there_and_positive(predictors: dict[str, Predictor]) -> None:
+    timings = predictors["onnxruntime"].predict(FRAME).timings
+    assert min(timings.preprocess, timings.inference, timings.postprocess) > 0
+    assert timings.total == timings.preprocess + timings.inference + timings.postprocess
+
+
+def test_paths_and_pillow_images_give_what_the_array_gives(predictors: dict[str, Predictor], tmp_path: Path) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(FRAME)
+    image.save(tmp_path / "frame.png")
+    expected = predictors["onnxruntime"].predict(FRAME).logits
+    for source in (tmp_path / "frame.png", str(tmp_path / "frame.png"), image):
+        assert np.array_equal(predictors["onnxruntime"].predict(source).logits, expected)
+
+
+def test_a_dicom_dataset_gives_what_its_file_gives(
+    predictors: dict[str, Predictor], examples: Callable[[str], Path]
+) -> None:
+    import pydicom
+
+    path = examples("rgb_color")
+    expected = predictors["onnxruntime"].predict(path)
+    assert np.array_equal(predictors["onnxruntime"].predict(pydicom.dcmread(path)).logits, expected.logits)
+
+
+def test_a_clip_is_refused_where_one_frame_is_expected(
+    predictors: dict[str, Predictor], examples: Callable[[str], Path]
+) -> None:
+    with pytest.raises(FrameError, match="image: holds several frames, expected one"):
+        predictors["onnxruntime"].predict(examples("ybr_color"))
+
+
+def test_logits_that_are_not_finite_give_an_error_and_no_mask() -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+        good = predictor.predict(FRAME)
+        infer = predictor._backend.infer
+
+        def broken(x: Any) -> Any:
+            logits = infer(x)
+            logits[0, 1, 5, 5] = np.nan
+            return logits
+
+        predictor._backend.infer = broken  # type: ignore[method-assign]
+        with pytest.raises(OutputError, match="logits: got NaN or infinity, expected finite values"):
+            predictor.predict(FRAME)
+        predictor._backend.infer = infer  # type: ignore[method-assign]
+        assert np.array_equal(predictor.predict(FRAME).mask, good.mask)
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_a_refused_frame_does_not_harm_the_next(predictors: dict[str, Predictor], runtime: str) -> None:
+    before = predictors[runtime].predict(FRAME).mask
+    for bad in (np.zeros((0, 5), np.uint8), np.full((4, 4), np.nan, np.float32), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(FrameError):
+            predictors[runtime].predict(bad)
+    assert np.array_equal(predictors[runtime].predict(FRAME).mask, before)
+
+
+# What is asked for by name ------------------------------------------------------------------------------------------
+
+
+def test_no_path_means_the_demo_model_and_a_warning() -> None:
+    with pytest.warns(DemoModelWarning, match="trained on synthetic phantoms. Not for clinical use"):
+        predictor = Predictor.load(runtime="onnxruntime")
+    assert predictor.bundle.path == DEMO_BUNDLE
+
+
+def test_auto_takes_the_first_that_can_run_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hide(monkeypatch, "openvino")
+    with caplog.at_level("INFO", "msa2net"):
+        predictor = Predictor.load(DEMO_BUNDLE)
+    assert (predictor.execution.runtime, predictor.execution.runtime_asked) == ("onnxruntime", "auto")
+    assert "auto: passed over openvino: runtime 'openvino': needs the package openvino" in caplog.text
+    assert "auto: picked onnxruntime" in caplog.text
+
+
+def test_auto_with_nothing_installed_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "openvino", "onnxruntime", "torch")
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(DEMO_BUNDLE)
+    for package in ("openvino", "onnxruntime", "torch"):
+        assert f"needs the package {package}" in str(caught.value)
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """As if these packages were not installed."""
+    found = backends.importlib.util.find_spec
+    monkeypatch.setattr(
+        backends.importlib.util, "find_spec", lambda name, *a: None if name in modules else found(name, *a)
+    )
+
+
+def test_a_runtime_that_is_not_installed_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "openvino")
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(DEMO_BUNDLE, runtime="openvino")
+    assert str(caught.value) == ("runtime 'openvino': needs the package openvino. pip install 'msa2net-edge[openvino]'")
+
+
+def test_an_unknown_runtime_is_refused() -> None:
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(DEMO_BUNDLE, runtime="tensorflow")
+    assert str(caught.value) == (
+        "runtime: got 'tensorflow', expected one of auto, openvino, onnxruntime, pytorch. Check the spelling."
+    )
+
+
+def test_a_precision_the_bundle_lacks_is_refused_with_what_it_has() -> None:
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(DEMO_BUNDLE, runtime="onnxruntime", precision="int8")
+    assert str(caught.value) == (
+        f"{DEMO_BUNDLE}: no artifact for onnxruntime in int8, "
+        "it has: openvino fp32, onnxruntime fp32, pytorch fp32. Pick one, or export it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"precision": "fp8"}, "precision: got 'fp8', expected one of fp32, bf16, fp16, int8"),
+        ({"threads": 0}, "threads: got 0, expected a whole number of at least 1"),
+        ({"threads": 1.5}, "threads: got 1.5, expected a whole number of at least 1"),
+        ({"runtime": "onnxruntime", "device": "GPU"}, "runtime 'onnxruntime': got device 'GPU', expected 'CPU'"),
+        ({"runtime": "pytorch", "device": "cuda"}, "runtime 'pytorch': got device 'cuda', expected 'CPU'"),
+        ({"runtime": "openvino", "device": "NPU"}, "runtime 'openvino': got device 'NPU', expected one of"),
+    ],
+    ids=["precision", "no threads", "half a thread", "onnxruntime device", "pytorch device", "openvino device"],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(DEMO_BUNDLE, **options)
+    assert str(caught.value).startswith(text)
+
+
+def test_threads_are_passed_on() -> None:
+    for runtime in ("onnxruntime", "openvino"):
+        with Predictor.load(DEMO_BUNDLE, runtime=runtime, threads=1) as predictor:
+            assert predictor.execution.threads == 1
+
+
+def test_available_lists_every_artifact_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "torch")
+    found = {entry.runtime: entry for entry in Predictor.available()}
+    assert found.keys() == set(CPU_RUNTIMES)
+    assert found["onnxruntime"].available
+    assert not found["pytorch"].available
+    assert "pip install 'msa2net-edge[pytorch]'" in found["pytorch"].reason
+
+
+def _predict_in_child(predictor: Predictor, queue: Any) -> None:
+    try:
+        predictor.predict(FRAME)
+        queue.put("predicted")
+    except RuntimeUnavailableError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_an_error_and_does_not_hang(predictors: dict[str, Predictor]) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_predict_in_child, args=(predictors["onnxruntime"], queue))
+    child.start()
+    assert queue.get(timeout=60).startswith("predictor: was loaded before a fork")
+    child.join()
