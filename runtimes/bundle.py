@@ -353,7 +353,7 @@ class Bundle:
             if not found:
                 raise BundleError(place, "not a sum", "expected '<64 hex digits>  <path>'", _COPY_ANEW)
             parts = found[2].split("/")
-            if found[2] in sums or found[2] == SUMS or not all(parts) or False:
+            if found[2] in sums or found[2] == SUMS or not all(parts) or {".", ".."} & set(parts):
                 raise BundleError(
                     place,
                     f"got the path {found[2]!r}",

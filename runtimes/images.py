@@ -1,7 +1,7 @@
 """Image files to frames: PNG, JPEG, TIFF, numpy and DICOM, told apart by their content.
 
 Pillow and pydicom are imported on use. No message names a path or an attribute of the file: both can name a patient.
-The libraries' own errors do, so they are cut off (`from None`). Pillow reads 16-bit colour as 8 bits per channel.
+The libraries' own errors do, so they are cut off (`from None`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def single(source: Any, bits: int | None = None) -> Frame:
         raise FrameError(
             "image", "holds several frames", "expected one", "Use msa2net.runtimes.images.read_frames and predict each."
         )
-    return (first[0], bits) if bits is not None else first
+    pixels, said = first
+    if bits is not None and said not in (None, bits):
+        raise FrameError("bits", f"got {bits} for a source that says {said}", "expected the same", "Leave it out.")
+    return pixels, said if bits is None else bits
 
 
 def read_frames(source: Any) -> Iterator[Frame]:
@@ -162,6 +165,13 @@ def _page(image: Image.Image, index: int | None) -> NDArray[Any]:
         raise _too_many_pixels("too many") from None
     if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels(image.width * image.height)
+    if image.mode == "RGB" and any("16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        raise FrameError(
+            "image",
+            "got 16-bit colour, which Pillow cuts to 8",
+            "expected 8-bit colour or 16-bit grey",
+            "Save the array as .npy.",
+        )
     _load(image)
     pixels = _pixels(ImageOps.exif_transpose(image))
     white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0

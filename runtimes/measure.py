@@ -30,7 +30,7 @@ def percentile(samples: Sequence[float], p: float) -> float | None:
 
     A p99 of 50 samples is their maximum under another name, so it is left out.
     """
-    if len(samples) * min(p, 100 - p) / 100 < 5 and p != 50:
+    if round(len(samples) * min(p, 100 - p) / 100, 6) < 5 and p != 50:
         return None
     return float(np.percentile(samples, p, method="inverted_cdf" if p != 50 else "linear"))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msa2net.errors import Msa2NetError, RuntimeUnavailableError
+from msa2net.errors import BundleError, FrameError, Msa2NetError, RuntimeUnavailableError
 from msa2net.runtimes import images, measure, postprocess, preprocess
 from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
@@ -229,14 +229,24 @@ class Predictor:
         """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
         difference, agreement = 0.0, 1.0
         for entry in self.bundle.manifest.golden:
-            frame, logits, mask = (
-                images.read_npy(self.bundle.read(p)) for p in (entry.frame, entry.logits, entry.mask)
-            )
-            found = self.predict(frame)
+            found = self.predict(self._golden(entry.frame))
+            logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
             difference = max(difference, float(np.abs(found.logits - logits).max()))
             agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
         tolerance = self.artifact.tolerance
         return SelfTest(len(self.bundle.manifest.golden), difference, tolerance.logit, agreement, tolerance.pixels)
+
+    def _golden(self, path: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
+        """A golden array; BundleError if it is damaged, or not finite or not of `like`'s dtype and shape."""
+        try:
+            array = images.read_npy(self.bundle.read(path))
+        except FrameError as error:
+            raise BundleError(path, error.found, error.expected, "Export the model again.") from error
+        as_promised = like is None or (array.dtype == like.dtype and array.shape == like.shape)
+        if like is not None and not (as_promised and np.isfinite(array).all()):
+            found, expected = f"got {array.dtype} {array.shape}", f"expected finite {like.dtype} {like.shape}"
+            raise BundleError(path, found, expected, "Export the model again.")
+        return array
 
     @staticmethod
     def available(path: str | Path | None = None) -> list[Availability]:

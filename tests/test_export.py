@@ -239,6 +239,26 @@ def test_an_export_by_another_process_elsewhere_gives_the_same_bytes(
     assert [name for name in first if first[name] != second[name]] == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dual_attention", "lka"])
+def test_the_released_size_exports_to_every_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Nine classes, half a gigabyte a checkpoint, on four phantoms."""
+    few = parity.phantom_cases
+    monkeypatch.setattr(parity, "phantom_cases", lambda grey, count=4: few(grey, count))
+    path = tmp_path / "released.safetensors"
+    save_checkpoint(path, model_by_rule(replace(VARIANTS["small"], deep_decoder=form)).state_dict())
+    bundle = Bundle(export_bundle(path, tmp_path / "b", progress=False))
+    path.unlink()
+    assert bundle.verify() == 11
+    assert bundle.manifest.model_variant == "small"
+    used = {"dual_attention": 112_767_981 - 36_161_315, "lka": 93_660_877 - 22_647_578}[form]
+    for artifact in bundle.manifest.artifacts:
+        size = sum(entry.bytes for entry in artifact.files)
+        assert 4 * used * 0.95 < size < 4 * used * 1.1, artifact.name  # position tables replace their small networks
+        with Predictor.load(bundle.path, runtime=artifact.runtime, threads=1) as predictor:
+            assert predictor.self_test().passed, artifact.name
+
+
 # Options --------------------------------------------------------------------------------------------------------
 
 

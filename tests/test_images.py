@@ -5,8 +5,10 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import struct
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -870,8 +872,8 @@ def test_odd_attributes_of_a_patient_are_neither_read_nor_logged(
         value = f"{PATIENT} is no value of this kind"
         dataset.add(DataElement(keyword, vr, value, validation_mode=pydicom.config.IGNORE))
     path = keep(folder, saved(dataset))
-    with pytest.warns(UserWarning, match="Invalid value for VR CS"):  # this is what reading one would tell
-        _ = pydicom.dcmread(path).PatientSex
+    with pytest.warns(UserWarning, match="Invalid value for VR UI"):  # this is what reading one would tell
+        _ = pydicom.dcmread(path).StudyInstanceUID
     caplog.clear()
     assert np.array_equal(only(path), GREY)  # a warning would be an error here
     assert not caplog.records
@@ -890,6 +892,14 @@ def test_single_takes_the_callers_word_for_the_bits(folder: Path) -> None:
     path = keep(folder, encoded(Image.fromarray(GREY16 >> 6), "PNG"))
     assert single(path)[1] is None
     assert single(path, 10)[1] == 10
+
+
+def test_single_refuses_bits_that_differ_from_the_files_own() -> None:
+    dataset = dicom(GREY16 >> 4, bits=12)
+    assert single(dataset, 12)[1] == 12
+    with pytest.raises(FrameError) as caught:
+        single(dataset, 10)
+    assert str(caught.value) == "bits: got 10 for a source that says 12, expected the same. Leave it out."
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "npy", "DICOM"])
@@ -912,3 +922,21 @@ def test_single_refuses_a_clip_of_no_frames(folder: Path) -> None:
     with pytest.raises(FrameError) as caught:
         single(path)
     assert str(anonymous(caught.value)) == "image: holds no frame, expected one. Check the source."
+
+
+def test_16_bit_colour_is_refused_since_pillow_would_cut_it_to_8_bits(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + np.arange(12, dtype=">u2").tobytes() for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    path = tmp_path / "colour.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(FrameError) as caught:
+        single(path)
+    assert str(caught.value) == (
+        "image: got 16-bit colour, which Pillow cuts to 8, expected 8-bit colour or 16-bit grey. "
+        "Save the array as .npy."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import msa2net.runtimes.backends as backends
 from msa2net import Predictor
 from msa2net.core.phantoms import phantom
-from msa2net.errors import FrameError, OutputError, RuntimeUnavailableError
+from msa2net.errors import BundleError, FrameError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import DemoModelWarning
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.measure import pixel_agreement
@@ -46,6 +47,31 @@ def test_the_self_test_fails_when_the_runtime_computes_something_else() -> None:
     assert not result.passed
     assert str(result).startswith("FAIL: ")
     assert result.logit_difference == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "text"),
+    [
+        (np.zeros((2, 224, 224), np.float64), "got float64 (2, 224, 224), expected finite float32 (2, 224, 224)"),
+        (np.full((2, 224, 224), np.nan, np.float32), "got float32 (2, 224, 224), expected finite float32"),
+        (np.zeros((2, 1, 1), np.float32), "got float32 (2, 1, 1), expected finite float32 (2, 224, 224)"),
+    ],
+    ids=["dtype", "NaN", "shape"],
+)
+def test_golden_logits_that_cannot_be_compared_are_an_error(
+    predictors: dict[str, Predictor], monkeypatch: pytest.MonkeyPatch, replaced: np.ndarray, text: str
+) -> None:
+    predictor = predictors["onnxruntime"]
+    entry = predictor.bundle.manifest.golden[0]
+    read = predictor.bundle.read
+    content = io.BytesIO()
+    np.save(content, replaced)
+    monkeypatch.setattr(
+        predictor.bundle, "read", lambda path: content.getvalue() if path == entry.logits else read(path)
+    )
+    with pytest.raises(BundleError) as caught:
+        predictor.self_test()
+    assert str(caught.value).startswith(f"{entry.logits}: {text}")
 
 
 @pytest.mark.parametrize("name", REAL)

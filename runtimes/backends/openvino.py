@@ -27,6 +27,10 @@ class OpenVinoBackend:
                 f"expected one of {', '.join(core.available_devices)}",
                 "Is the device's driver installed?",
             )
+        if precision not in _HINTS:
+            raise RuntimeUnavailableError(
+                "runtime 'openvino'", f"got precision {precision!r}", f"expected one of {', '.join(_HINTS)}"
+            )
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without it the CPU plugin runs fp32 models in bf16 where the CPU can.
