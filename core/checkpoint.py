@@ -186,6 +186,9 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> MSA
         raise CheckpointError(
             checkpoint.path, found, f"expected exactly the {len(expected)} keys of the {config.deep_decoder} form"
         )
+    if broken := [key for key, value in state.items() if not torch.isfinite(value).all()]:
+        found = f"NaN or infinity in {', '.join(broken[:5])}{', …' if len(broken) > 5 else ''}"
+        raise CheckpointError(checkpoint.path, found, "expected finite weights", "Did the training diverge?")
     return _materialise(config, state)
 
 

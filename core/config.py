@@ -39,6 +39,11 @@ class ModelConfig:
             raise ValueError(f"deep_decoder: got {self.deep_decoder!r}, expected one of {', '.join(DEEP_DECODERS)}")
         if not 2 <= self.num_classes <= 256:
             raise ValueError(f"num_classes: got {self.num_classes}, expected 2 to 256, the background included")
+        if min(*self.stem, self.width, self.head_width) < 1 or self.stem[1] < 4:
+            raise ValueError(
+                f"stem, width, head_width: got {self.stem}, {self.width}, {self.head_width}, "
+                "expected at least 1, and 4 for the stem's second"
+            )
         if self.width % self.head_width or (self.width * 4) % CHANNEL_HEADS:
             raise ValueError(
                 f"width: got {self.width}, expected a multiple of head_width ({self.head_width}) "

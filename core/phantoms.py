@@ -5,7 +5,8 @@ in B-mode ultrasound (speckle, depth gain, shadows, fan geometry). They are synt
 patient data and have NO CLINICAL MEANING: they exist to train and exercise the demo network only.
 
 A scene is drawn from ``PCG64([seed, index of kind])``; pixel-sized noise comes from a second generator
-spawned from it, so the same seed in another size shows about the same scene.
+spawned from it, so the same seed in another size shows about the same scene. On one machine and number of BLAS
+threads a phantom is the same to the bit; elsewhere a pixel may differ by a grey level where a sum rounds otherwise.
 """
 
 from __future__ import annotations

@@ -225,6 +225,8 @@ def train(arguments: argparse.Namespace) -> Path:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     names = ("variant", "steps", "batch", "frames", "rate", "seed")
+    if arguments.frames // len(KINDS) * len(KINDS) < arguments.batch:
+        raise Msa2NetError("--frames", f"got {arguments.frames}", f"expected at least --batch ({arguments.batch})")
     training = Training({name: getattr(arguments, name) for name in names}, output / "state.pt")
     training.restore()
     validation = draw_frames(VALIDATION_SEED, arguments.validation, "validation phantoms")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from msa2net.core.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint, used_state
@@ -17,7 +19,7 @@ from msa2net.core.network import MSA2Net
 from msa2net.errors import CheckpointError, ExportError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes.backends import RUNTIMES, backend_class, default_threads
+from msa2net.runtimes.backends import RUNTIMES, backend_class
 from msa2net.runtimes.bundle import MANIFEST, SCHEMA_VERSION, Manifest, digest_of, parse_manifest
 
 NOTICE = "Not a medical device. Validate before any clinical use."
@@ -89,7 +91,7 @@ def export_bundle(
         "width": IMAGE_SIZE,
         "channels": channels,
         "mean": _per_channel("mean", mean or _said(read, "mean", [0.5]), channels),
-        "std": _per_channel("std", std or _said(read, "std", [0.5]), channels),
+        "std": _positive(_per_channel("std", std or _said(read, "std", [0.5]), channels)),
         "resize": "bilinear",
         "fit": fit,
     }
@@ -111,6 +113,7 @@ def export_bundle(
         "golden": [],
     }
     with (
+        _one_thread(),
         new_bundle(output, force=force) as folder,
         tqdm(total=2 * len(runtimes) + 2, unit="step", disable=not progress, desc="export") as bar,
     ):
@@ -132,7 +135,7 @@ def export_bundle(
         for artifact, entry in zip(manifest.artifacts, document["artifacts"], strict=True):
             bar.set_postfix_str(f"parity {artifact.runtime}")
             files = tuple(str(folder / file.path) for file in artifact.files)
-            backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, default_threads())
+            backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, 1)
             found = [parity.run_case(case, manifest, backend.infer) for case in cases]
             backend.close()
             entry["parity"] = parity.compare(cases, expected, found, names)
@@ -143,6 +146,17 @@ def export_bundle(
         bar.set_postfix_str("writing")
         bar.update()
     return output
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread: their number changes the last bits, and the same checkpoint must give the same bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _said(read: Checkpoint, key: str, default: list[Any]) -> list[Any]:
@@ -164,6 +178,12 @@ def _said(read: Checkpoint, key: str, default: list[Any]) -> list[Any]:
 
 def _class_names(count: int) -> list[str]:
     return [f"class {i}" for i in range(count)]
+
+
+def _positive(values: list[float]) -> list[float]:
+    if min(values) < 1e-6:
+        raise ExportError("std", f"got {values}", "expected numbers above 0", "It divides every pixel.")
+    return values
 
 
 def _per_channel(field: str, values: Sequence[float], channels: int) -> list[float]:

@@ -354,3 +354,14 @@ def test_the_same_weights_are_saved_as_the_same_bytes(tmp_path: Path) -> None:
     read = read_checkpoint(path)
     assert read.metadata == metadata
     assert equal(read.state, state)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    state = model_by_rule(replace(VARIANTS["tiny"], num_classes=2)).state_dict()
+    state["decoder_0.last_layer.bias"][1] = torch.nan
+    with pytest.raises(CheckpointError) as caught:
+        load_model(Checkpoint(Path("diverged.safetensors"), state))
+    assert str(caught.value) == (
+        "diverged.safetensors: NaN or infinity in decoder_0.last_layer.bias, expected finite weights. "
+        "Did the training diverge?"
+    )
