@@ -151,7 +151,7 @@ class Predictor:
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
-        runtime     "openvino", "onnxruntime", "pytorch", or "auto": the first of these, in this order, that is
+        runtime     "onnxruntime", "openvino", "pytorch", or "auto": the first of these, in this order, that is
                     installed and has an artifact in `precision`. One that is named never falls back to another.
         precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`.
         device      "CPU"; with OpenVINO any device that it lists

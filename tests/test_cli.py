@@ -173,7 +173,7 @@ def test_an_array_out_of_range_is_refused(run: Run, bundle: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--runtime", "tflite"), "error: runtime: got 'tflite', expected one of auto, openvino, onnxruntime, pytorch"),
+        (("--runtime", "tflite"), "error: runtime: got 'tflite', expected one of auto, onnxruntime, openvino, pytorch"),
         (("--precision", "int8", "--runtime", "openvino"), "no artifact for openvino in int8, it has: "),
         (("--threads", "0"), "error: threads: got 0, expected a whole number of at least 1"),
         (("--overlay", "out.jpg"), "error: out.jpg: got the ending '.jpg', expected .png or a folder"),

@@ -325,9 +325,9 @@ def test_parity_is_checked_on_the_users_images_and_none_of_them_is_kept(
         (
             {"runtimes": ["tensorflow"]},
             RuntimeUnavailableError,
-            "runtime: got 'tensorflow', expected one of auto, openvino, onnxruntime, pytorch. Check the spelling.",
+            "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch. Check the spelling.",
         ),
-        ({"runtimes": []}, ExportError, "runtimes: got none, expected some of openvino, onnxruntime, pytorch"),
+        ({"runtimes": []}, ExportError, "runtimes: got none, expected some of onnxruntime, openvino, pytorch"),
     ],
     ids=["three-names", "one-name-twice", "two-means", "four-deviations", "unknown-runtime", "no-runtime"],
 )

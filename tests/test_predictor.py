@@ -227,12 +227,12 @@ def test_no_path_means_the_demo_model_and_a_warning() -> None:
 def test_auto_takes_the_first_that_can_run_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hide(monkeypatch, "openvino")
+    hide(monkeypatch, "onnxruntime")
     with caplog.at_level("INFO", "msa2net"):
         predictor = Predictor.load(DEMO_BUNDLE)
-    assert (predictor.execution.runtime, predictor.execution.runtime_asked) == ("onnxruntime", "auto")
-    assert "auto: passed over openvino: runtime 'openvino': needs the package openvino" in caplog.text
-    assert "auto: picked onnxruntime" in caplog.text
+    assert (predictor.execution.runtime, predictor.execution.runtime_asked) == ("openvino", "auto")
+    assert "auto: passed over onnxruntime: runtime 'onnxruntime': needs the package onnxruntime" in caplog.text
+    assert "auto: picked openvino" in caplog.text
 
 
 def test_auto_with_nothing_installed_names_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(RuntimeUnavailableError) as caught:
         Predictor.load(DEMO_BUNDLE, runtime="tensorflow")
     assert str(caught.value) == (
-        "runtime: got 'tensorflow', expected one of auto, openvino, onnxruntime, pytorch. Check the spelling."
+        "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch. Check the spelling."
     )
 
 
@@ -271,7 +271,7 @@ def test_a_precision_the_bundle_lacks_is_refused_with_what_it_has() -> None:
         Predictor.load(DEMO_BUNDLE, runtime="onnxruntime", precision="int8")
     assert str(caught.value) == (
         f"{DEMO_BUNDLE}: no artifact for onnxruntime in int8, "
-        "it has: openvino fp32, onnxruntime fp32, pytorch fp32. Pick one, or export it."
+        "it has: onnxruntime fp32, openvino fp32, pytorch fp32. Pick one, or export it."
     )
 
 

@@ -54,10 +54,10 @@ class Entry:
     extra: str
 
 
-# In the order in which runtime="auto" tries them: fastest on a CPU first, as benchmarks.latency measures it.
+# In the order in which runtime="auto" tries them: the fastest in fp32 first, by benchmarks/results/.
 RUNTIMES = {
-    "openvino": Entry("msa2net.runtimes.backends.openvino:OpenVinoBackend", ("openvino",), "openvino"),
     "onnxruntime": Entry("msa2net.runtimes.backends.onnxruntime:OnnxRuntimeBackend", ("onnxruntime",), "onnxruntime"),
+    "openvino": Entry("msa2net.runtimes.backends.openvino:OpenVinoBackend", ("openvino",), "openvino"),
     "pytorch": Entry("msa2net.runtimes.backends.pytorch:PyTorchBackend", ("torch", "safetensors"), "pytorch"),
 }
 
