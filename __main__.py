@@ -78,26 +78,29 @@ def _of_input(error: FrameError, number: int, count: int) -> FrameError:
 class _Target:
     """Where pictures go: the named file for a single frame, else a folder with one file a frame."""
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        if path and path.suffix and path.suffix.lower() != ".png":
-            raise Msa2NetError(str(path), f"got the ending {path.suffix!r}", "expected .png or a folder")
+    def __init__(self, option: str, path: Path | None, inputs: list[Path]) -> None:
+        self.option, self.path = option, path
+        self.single = bool(path and path.suffix and not path.is_dir())
+        if path and self.single and path.suffix.lower() != ".png":
+            raise Msa2NetError(option, f"got the ending {path.suffix!r}", "expected .png or a folder", "Rename it.")
+        if path and any(path.resolve() == file.resolve() for file in inputs):
+            raise Msa2NetError(option, "names an input", "expected another file", "The image would be lost.")
 
     def file(self, number: int, index: int) -> Path:
         assert self.path is not None
-        if self.path.suffix:
+        if self.single:
             return self.path
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / f"{number:04d}_{index:04d}.png"
 
     def check(self, frames: Iterator[_Frame]) -> Iterator[_Frame]:
         """The same frames. Raises Msa2NetError if there are several for one picture, before any is segmented."""
-        if not (self.path and self.path.suffix):
+        if not self.single:
             return frames
         first_two = list(islice(frames, 2))
         if len(first_two) > 1:
             raise Msa2NetError(
-                str(self.path), "got several frames", "expected a folder for their pictures", "Name one without .png."
+                self.option, "got several frames", "expected a folder for their pictures", "Name one without .png."
             )
         return iter(first_two)
 
@@ -125,7 +128,9 @@ def predict(arguments: argparse.Namespace) -> int:
     from msa2net.runtimes.overlay import draw
 
     files = _inputs(arguments.files)
-    overlays, masks = _Target(arguments.overlay), _Target(arguments.mask)
+    overlays, masks = _Target("--overlay", arguments.overlay, files), _Target("--mask", arguments.mask, files)
+    if overlays.path and masks.path and overlays.path.resolve() == masks.path.resolve():
+        raise Msa2NetError("--mask", "is --overlay, too", "expected another", "Name two files or folders.")
     with _load(arguments, arguments.bundle) as predictor:
         frames = _frames(files)
         for target in (overlays, masks):
@@ -167,10 +172,15 @@ def verify(arguments: argparse.Namespace) -> int:
         if not entry.available:
             print(f"{name} not run: {entry.reason}")
             continue
-        with Predictor.load(path, runtime=entry.runtime, precision=entry.precision) as predictor:
-            result = predictor.self_test()
-        print(f"{name} {result}")
         ran += 1
+        try:
+            with Predictor.load(path, runtime=entry.runtime, precision=entry.precision) as predictor:
+                result = predictor.self_test()
+        except Msa2NetError as error:
+            print(f"{name} FAIL: {error}")
+            failed += 1
+            continue
+        print(f"{name} {result}")
         failed += not result.passed
     if failed or not ran:
         reason = f"{failed} artifacts fail their golden frames" if failed else "no artifact of it can run here"
@@ -252,10 +262,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, format="%(message)s")
+    if arguments.verbose:  # ours alone: what other libraries log can name a file or a patient
+        logging.getLogger("msa2net").addHandler(logging.StreamHandler())
+        logging.getLogger("msa2net").setLevel(logging.INFO)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
     with warnings.catch_warnings():
         # Shown as one line; a DemoModelWarning needs no line number of ours.
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module="msa2net")
         warnings.simplefilter("always", DemoModelWarning)
         try:
             code: int = arguments.run(arguments)
@@ -263,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"error: {error.strerror or error}", file=sys.stderr)
+            print(f"error: {error.strerror or type(error).__name__}. Check disk and permissions.", file=sys.stderr)
             return 2
     return code
 

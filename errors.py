@@ -31,12 +31,12 @@ class BundleError(Msa2NetError):
 
 
 class RuntimeUnavailableError(Msa2NetError):
-    """A runtime, device or precision that was asked for by name and cannot run here."""
+    """A runtime, device, precision or number of threads that cannot run here, or a predictor that no longer can."""
 
 
 class OutputError(Msa2NetError):
-    """Logits that are not finite or not of the promised shape: no mask is made from them."""
+    """A runtime that failed, or logits not finite or not of the promised shape: no mask is made from them."""
 
 
 class ExportError(Msa2NetError):
-    """An export that was refused; nothing has been written under the target's name."""
+    """An export that was refused; unless it says otherwise, nothing has been written under the target's name."""

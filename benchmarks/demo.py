@@ -77,6 +77,8 @@ def run(bundle: Path, output: Path, per_kind: int, clip_frames: int) -> None:
         for entry in Predictor.available(bundle)
         if entry.available and entry.precision == "fp32"
     }
+    if not loaded:
+        raise Msa2NetError(str(bundle), "nothing of it can run here", "expected a runtime", "See msa2net info.")
     tiles, lines = [], []
     for name, pixels, truth in tqdm(list(frames(per_kind, clip_frames)), "segment", unit="frame", disable=None):
         results = {runtime: predictor.predict(pixels) for runtime, predictor in loaded.items()}

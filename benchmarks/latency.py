@@ -39,7 +39,7 @@ FRAME_SIZE = (480, 640)
 PAUSE_SECONDS = 0.004
 FLOOR_EVERY = 8  # rounds; a 2048-cubed product takes as long as several frames of the demo
 
-# Argument 1 is the bundle (empty: the demo's), then runtime, precision, threads and the frame's file.
+# Its arguments are the bundle, runtime, precision, threads and the frame's file.
 _CHILD = """
 import sys, time, warnings
 warnings.simplefilter("ignore")
@@ -65,7 +65,10 @@ def start_up(path: Path, entry: Availability, threads: int, frame: Path) -> tupl
     """Seconds from the start of a new process to its first mask, and its peak memory in MB."""
     arguments = [str(path), entry.runtime, entry.precision, str(threads), str(frame)]
     start = time.time()
-    child = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        raise Msa2NetError(f"{entry.runtime} {entry.precision}", f"fails in a process of its own ({last})")
     done, peak = child.stdout.split()
     return float(done) - start, int(peak) / 1000
 
@@ -107,6 +110,13 @@ def row(predictor: Predictor, samples: list[Timings]) -> dict[str, Any]:
 def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | None, quick: bool) -> dict[str, Any]:
     """Runs the benchmark on a bundle; returns what is printed and written as JSON."""
     bundle = Bundle(path)
+    there = {artifact.runtime for artifact in bundle.manifest.artifacts}
+    if unknown := set(runtimes or ()) - there:
+        found = ", ".join(sorted(unknown))
+        raise Msa2NetError("--runtimes", f"got {found}", f"expected some of {', '.join(sorted(there))}", "Check it.")
+    for option, value in (("--rounds", rounds), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise Msa2NetError(option, f"got {value}", "expected at least 1", "Leave it out.")
     frame = test_frame(bundle)
     predictors: dict[str, Predictor] = {}
     parity, skipped = {}, []
@@ -120,8 +130,7 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
         predictor = Predictor.load(path, runtime=entry.runtime, precision=entry.precision, threads=threads)
         tested = predictor.self_test()
         if not tested.passed:
-            skipped.append({"runtime": entry.runtime, "precision": entry.precision, "reason": str(tested)})
-            continue
+            raise Msa2NetError(name, str(tested), "expected a pass before it is timed", "Run msa2net verify.")
         predictors[name] = predictor
         parity[name] = {"logit_difference": tested.logit_difference, "pixel_agreement": tested.pixel_agreement}
     if not predictors:
@@ -243,7 +252,13 @@ def small_bundle() -> Path:
     from msa2net.core.checkpoint import model_by_rule, save_checkpoint
     from msa2net.export import export_bundle
 
-    target = Path("build") / f"small-by-rule-{machine.describe(1)['versions']['torch'].partition('+')[0]}.bundle"
+    about = machine.describe(1)
+    written_by = [
+        about["versions"]["torch"].partition("+")[0],
+        about["versions"]["openvino"],
+        about["commit"] or "installed",
+    ]
+    target = Path("build") / f"small-by-rule-{'-'.join(written_by)}.bundle"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -268,15 +283,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", DemoModelWarning)
     try:
+        if arguments.json and not arguments.json.absolute().parent.is_dir():
+            raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
         path = small_bundle() if arguments.model else arguments.bundle or DEMO_BUNDLE
         runtimes = arguments.runtimes.split(",") if arguments.runtimes else None
         result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick)
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(table(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
     return 0
 
 

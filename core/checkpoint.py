@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise CheckpointError(path, f"got the ending {path.suffix!r}", f"expected {', '.join(SUFFIXES)}")
+        raise CheckpointError(path, f"got the ending {path.suffix!r}", f"expected {', '.join(SUFFIXES)}", "Convert it.")
     if not path.is_file():
         raise CheckpointError(path, "no such file", "expected a checkpoint", "Check the path.")
     if path.suffix == ".safetensors":
@@ -89,7 +89,9 @@ def _read_safetensors(file: Path, named: Path) -> tuple[dict[str, Tensor], dict[
             metadata = dict(opened.metadata() or {})
         return load_file(file), metadata
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(named, f"cannot be read ({error})", "expected a whole safetensors file") from error
+        raise CheckpointError(
+            named, f"cannot be read ({error})", "expected a whole safetensors file", "Copy it anew."
+        ) from error
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

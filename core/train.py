@@ -60,11 +60,19 @@ def draw_frames(first_seed: int, per_kind: int, label: str) -> Frames:
     images = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     masks = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     # One process a core, each with one BLAS thread: read when numpy is first imported, so the children start afresh.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        drawn = pool.map(_draw, tasks, chunksize=16)
-        for i, (image, mask) in enumerate(tqdm(drawn, label, len(tasks), unit="frame")):
-            images[i], masks[i] = image, mask
+    variable = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+            drawn = pool.map(_draw, tasks, chunksize=16)
+            for i, (image, mask) in enumerate(tqdm(drawn, label, len(tasks), unit="frame")):
+                images[i], masks[i] = image, mask
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
     return images, masks
 
 
@@ -226,7 +234,9 @@ def train(arguments: argparse.Namespace) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     names = ("variant", "steps", "batch", "frames", "rate", "seed")
     if arguments.frames // len(KINDS) * len(KINDS) < arguments.batch:
-        raise Msa2NetError("--frames", f"got {arguments.frames}", f"expected at least --batch ({arguments.batch})")
+        raise Msa2NetError(
+            "--frames", f"got {arguments.frames}", f"expected --batch ({arguments.batch}) or more", "Draw more."
+        )
     training = Training({name: getattr(arguments, name) for name in names}, output / "state.pt")
     training.restore()
     validation = draw_frames(VALIDATION_SEED, arguments.validation, "validation phantoms")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import openvino
 from openvino.passes import ConstantFolding, Manager
+
+_COUNTED = re.compile(r"[A-Z][A-Za-z]*_[0-9]+")  # Reshape_5766
 
 
 def write(onnx_file: Path, xml: Path) -> dict[str, str]:
@@ -18,6 +21,10 @@ def write(onnx_file: Path, xml: Path) -> dict[str, str]:
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
+    # A node without a name gets one from a counter of the process: numbered here, the same model gives the same file.
+    for index, node in enumerate(model.get_ordered_ops()):
+        if _COUNTED.fullmatch(node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}.{index}")
     xml.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, xml, compress_to_fp16=False)
     return {"openvino": openvino.__version__.split("-")[0]}

@@ -69,14 +69,18 @@ def folder_cases(folder: Path, limit: int = 200) -> list[Case]:
                 f"image {number} of {len(files)}", str(error), "", "Remove it from the folder."
             ) from error
     if not cases:
-        raise ExportError(folder, "holds no image", "expected some for the parity check", "Name another folder.")
+        raise ExportError("--images", "a folder without images", "expected some for the parity check", "Name another.")
     return cases
 
 
 def run_case(case: Case, manifest: Manifest, infer: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Result:
     """One case through the pixel contract and `infer`."""
     contract = manifest.input
-    raw = infer(preprocess.to_tensor(case.frame, contract, case.bits))
+    try:
+        tensor = preprocess.to_tensor(case.frame, contract, case.bits)
+    except FrameError as error:
+        raise ExportError(case.name, str(error), "", "Remove it from the parity check's images.") from error
+    raw = infer(tensor)
     logits = postprocess.check_logits(raw, len(manifest.classes), contract.height, contract.width)
     size = (case.frame.shape[0], case.frame.shape[1])
     placement = preprocess.place(contract, *size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,11 +17,11 @@ from tqdm import tqdm
 from msa2net.core.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint, used_state
 from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.network import MSA2Net
-from msa2net.errors import CheckpointError, ExportError
+from msa2net.errors import CheckpointError, ExportError, Msa2NetError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes.backends import RUNTIMES, backend_class
-from msa2net.runtimes.bundle import MANIFEST, SCHEMA_VERSION, Manifest, digest_of, parse_manifest
+from msa2net.runtimes.backends import backend_class
+from msa2net.runtimes.bundle import ENLARGE_RULES, FITS, MANIFEST, SCHEMA_VERSION, Manifest, digest_of, parse_manifest
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -34,9 +35,9 @@ _COLORS = (
     (240, 130, 190),
 )
 _FILES = {
-    "pytorch": ("torch/weights.safetensors",),
     "onnxruntime": ("onnx/model.onnx",),
     "openvino": ("openvino/model.xml", "openvino/model.bin"),
+    "pytorch": ("torch/weights.safetensors",),
 }
 _GOLDEN_CASES = 2
 
@@ -45,7 +46,7 @@ def export_bundle(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    runtimes: Sequence[str] = tuple(RUNTIMES),
+    runtimes: Sequence[str] = tuple(_FILES),
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -69,19 +70,27 @@ def export_bundle(
     force       replace an existing bundle
 
     Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
-    figures): then nothing is written.
+    figures), and RuntimeUnavailableError for a runtime that is not installed: then nothing is written.
     """
     output = Path(output)
     check_target(output.absolute(), force)
     runtimes = tuple(dict.fromkeys(runtimes))  # one named twice is exported once
-    if not runtimes:
-        raise ExportError("runtimes", "got none", f"expected some of {', '.join(RUNTIMES)}")
+    if not runtimes or not set(runtimes) <= set(_FILES):
+        named = ", ".join(map(repr, runtimes)) or "none"
+        raise ExportError("runtimes", f"got {named}", f"expected some of {', '.join(_FILES)}", "Check the spelling.")
+    for option, value, choices in (
+        ("channels", channels, (1, 3)),
+        ("fit", fit, FITS),
+        ("enlarge", enlarge, ENLARGE_RULES),
+    ):
+        if value not in choices:
+            raise ExportError(option, f"got {value!r}", f"expected one of {', '.join(map(str, choices))}", "Pick one.")
     for runtime in runtimes:
         backend_class(runtime)
     read = read_checkpoint(checkpoint)
     model = load_model(read)
     said = read.metadata
-    names = list(classes or _said(read, "classes", []) or _class_names(model.config.num_classes))
+    names = [each.strip() for each in classes or _said(read, "classes", []) or _class_names(model.config.num_classes)]
     if len(names) != model.config.num_classes or len(set(names)) != len(names):
         raise ExportError(
             "classes", f"got {', '.join(names)}", f"expected {model.config.num_classes} different names", "Name all."
@@ -112,12 +121,19 @@ def export_bundle(
         "artifacts": [],
         "golden": [],
     }
+    cases = parity.folder_cases(Path(images)) if images else parity.phantom_cases(grey=channels == 1)
     with (
         _one_thread(),
         new_bundle(output, force=force) as folder,
         tqdm(total=2 * len(runtimes) + 2, unit="step", disable=not progress, desc="export") as bar,
     ):
-        versions = _write_models(model, channels, runtimes, folder, bar)
+        try:
+            versions = _write_models(model, channels, runtimes, folder, bar)
+        except (Msa2NetError, OSError):
+            raise
+        except Exception as error:  # each tool has its own kinds
+            reason = f"the models cannot be written ({type(error).__name__}: {error})".replace("\n", " ")
+            raise ExportError(output, reason, "", "Is the disk full, or a tool of another version?") from error
         document["artifacts"] = [_entry(folder, runtime, versions[runtime]) for runtime in runtimes]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
         document["golden"] = [
@@ -126,7 +142,6 @@ def export_bundle(
         manifest = parse_manifest(json.dumps(document).encode())
 
         bar.set_postfix_str("reference")
-        cases = parity.folder_cases(Path(images)) if images else parity.phantom_cases(grey=channels == 1)
         infer = parity.reference(model)
         expected = [parity.run_case(case, manifest, infer) for case in cases]
         largest = _write_golden(folder, manifest, golden, [parity.run_case(case, manifest, infer) for case in golden])
@@ -190,6 +205,8 @@ def _per_channel(field: str, values: Sequence[float], channels: int) -> list[flo
     values = [float(value) for value in values]
     if len(set(values)) == 1:
         values = values[:1] * channels
+    if not all(map(math.isfinite, values)):
+        raise ExportError(field, f"got {values}", "expected finite numbers", "They are of pixels scaled to [0, 1].")
     if len(values) != channels:
         raise ExportError(field, f"got {values}", f"expected 1 or {channels} numbers", "Give one for each channel.")
     return values

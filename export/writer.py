@@ -41,8 +41,8 @@ def new_bundle(output: Path, *, force: bool = False) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=output.parent))
         lock = _lock(partial)
     try:
-        yield partial
         with _explained(output):
+            yield partial
             _write_sums(partial)
             _sync(partial)
             check_target(output, force)

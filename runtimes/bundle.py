@@ -211,6 +211,10 @@ def parse_manifest(content: bytes) -> Manifest:
             for node in root.get("golden").items(1)
         ),
     )
+    if len({info.name for info in manifest.classes}) != len(manifest.classes):
+        raise BundleError(
+            f"{MANIFEST} $.classes", "one name twice", "expected different names", "Export the model again."
+        )
     names = [artifact.name for artifact in manifest.artifacts]
     for i, name in enumerate(names):
         if name in names[:i]:

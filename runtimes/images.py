@@ -61,7 +61,7 @@ def read_frames(source: Any) -> Iterator[Frame]:
     """The frames of a path, PIL image or pydicom Dataset, one at a time. Raises FrameError for what cannot be read."""
     if isinstance(source, str | os.PathLike):
         yield from _from_file(Path(source))
-    elif hasattr(source, "file_meta"):
+    elif hasattr(source, "PixelData") or hasattr(source, "file_meta"):
         yield from _from_dataset(source)
     elif hasattr(source, "getbands"):
         yield from _from_pillow(source)
@@ -165,7 +165,7 @@ def _page(image: Image.Image, index: int | None) -> NDArray[Any]:
         raise _too_many_pixels("too many") from None
     if image.width * image.height > MAX_PIXELS:
         raise _too_many_pixels(image.width * image.height)
-    if image.mode == "RGB" and any("16" in str(tile.args) for tile in getattr(image, "tile", ())):
+    if image.mode == "RGB" and any(";16" in _raw_mode(tile.args) for tile in getattr(image, "tile", ())):
         raise FrameError(
             "image",
             "got 16-bit colour, which Pillow cuts to 8",
@@ -177,6 +177,12 @@ def _page(image: Image.Image, index: int | None) -> NDArray[Any]:
     white_is_zero = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0
     # Pillow inverts such a file's 8 bits, but not its 16.
     return np.invert(pixels) if white_is_zero and pixels.dtype == np.uint16 else pixels
+
+
+def _raw_mode(arguments: Any) -> str:
+    """How the file stores pixels, from the arguments of Pillow's decoder: the first of them, or the only one."""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return str(first)
 
 
 def _load(image: Image.Image) -> None:
@@ -267,7 +273,7 @@ def _check_dataset(dataset: Dataset) -> tuple[int, str, str]:
     try:
         keywords = ("PixelData", "Rows", "Columns", "BitsStored", "PhotometricInterpretation")
         missing = [keyword for keyword in keywords if not dataset.get(keyword)]
-        uid: Any = getattr(dataset.file_meta, "TransferSyntaxUID", None)
+        uid: Any = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
         if not uid:
             missing.append("TransferSyntaxUID")
         if missing:
@@ -304,4 +310,6 @@ def _stored(frame: NDArray[Any], bits: int) -> Frame:
     """Pixels of fewer than 8 bits are widened to uint16, whose number of bits is a parameter of the pixel contract."""
     if frame.dtype == np.uint8 and bits == 8:
         return frame, None
+    if frame.dtype.itemsize > 2 and frame.max() >> 16:
+        raise FrameError("image", "DICOM values beyond 16 bits", "expected 16 at most", "Rescale it to 16 bits.")
     return frame.astype(np.uint16), bits

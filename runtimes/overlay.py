@@ -21,7 +21,7 @@ def to_rgb(frame: NDArray[Any], bits: int | None = None) -> NDArray[np.uint8]:
     if frame.dtype == np.float32:
         shown = frame * 255
     elif frame.dtype == np.uint16:
-        shown = frame * (255 / ((1 << (bits or 16)) - 1))
+        shown = frame * (255 / ((1 << int(bits or 16)) - 1))
     else:
         shown = frame
     shown = np.rint(shown).astype(np.uint8)

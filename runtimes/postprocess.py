@@ -16,7 +16,9 @@ def check_logits(logits: NDArray[np.float32], classes: int, height: int, width: 
     """(1, K, h, w) -> (K, h, w). Raises OutputError unless shape and dtype are as promised and all values finite."""
     expected = (1, classes, height, width)
     if logits.shape != expected or logits.dtype != np.float32:
-        raise OutputError("logits", f"got {logits.dtype} {logits.shape}", f"expected float32 {expected}")
+        raise OutputError(
+            "logits", f"got {logits.dtype} {logits.shape}", f"expected float32 {expected}", "Verify the bundle."
+        )
     if not np.isfinite(logits).all():
         raise OutputError(
             "logits",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from msa2net.errors import BundleError, FrameError, Msa2NetError, RuntimeUnavailableError
+from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import images, measure, postprocess, preprocess
 from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
@@ -138,6 +138,7 @@ class Predictor:
         self.bundle, self.artifact, self.execution = bundle, artifact, execution
         self._backend = backend
         self._process = os.getpid()
+        self._closed = False
 
     @classmethod
     def load(
@@ -158,12 +159,16 @@ class Predictor:
         threads     for one inference; by default the cores that the process may use
 
         Raises BundleError (damaged, changed, unknown schema) and RuntimeUnavailableError (unknown, not installed,
-        no such precision or device).
+        no such precision or device, or a model that the runtime cannot load).
         """
         if threads is not None and (type(threads) is not int or threads < 1):
-            raise RuntimeUnavailableError("threads", f"got {threads!r}", "expected a whole number of at least 1")
+            raise RuntimeUnavailableError(
+                "threads", f"got {threads!r}", "expected a whole number of at least 1", "Leave it out."
+            )
         if precision not in PRECISIONS:
-            raise RuntimeUnavailableError("precision", f"got {precision!r}", f"expected one of {', '.join(PRECISIONS)}")
+            raise RuntimeUnavailableError(
+                "precision", f"got {precision!r}", f"expected one of {', '.join(PRECISIONS)}", "Check it."
+            )
         if runtime != "auto" and (error := why_not(runtime)):
             raise error
         if path is None:
@@ -176,7 +181,17 @@ class Predictor:
         artifact = _choose(bundle, precision) if runtime == "auto" else bundle.artifact(runtime, precision)
         backend_type = backend_class(artifact.runtime)
         with bundle.open_artifact(artifact) as files:
-            backend = backend_type(files, bundle.manifest, device, precision, threads or default_threads())
+            try:
+                backend = backend_type(files, bundle.manifest, device, precision, threads or default_threads())
+            except Msa2NetError:
+                raise
+            except Exception as error:  # each runtime has its own kinds
+                raise RuntimeUnavailableError(
+                    f"runtime {artifact.runtime!r}",
+                    f"cannot load the model ({type(error).__name__}: {error})".replace("\n", " "),
+                    "",
+                    "Update the runtime, or export again.",
+                ) from error
         execution = Execution(
             runtime=artifact.runtime,
             runtime_asked=runtime,
@@ -207,6 +222,8 @@ class Predictor:
             raise RuntimeUnavailableError(
                 "predictor", "was loaded before a fork", "expected the process that loaded it", "Load it in the child."
             )
+        if self._closed:
+            raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
         start = perf_counter_ns()
         if not isinstance(frame, np.ndarray):
             frame, bits = images.single(frame, bits)
@@ -214,7 +231,7 @@ class Predictor:
         contract = self.bundle.manifest.input
         tensor = preprocess.to_tensor(pixels, contract, bits)
         prepared = perf_counter_ns()
-        raw = self._backend.infer(tensor)
+        raw = self._infer(tensor)
         inferred = perf_counter_ns()
         logits = postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
         size = (pixels.shape[0], pixels.shape[1])
@@ -225,11 +242,25 @@ class Predictor:
         manifest = self.bundle.manifest
         return Segmentation(mask, logits, placement, manifest.enlarge, manifest.classes, timings, self.execution)
 
+    def _infer(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        try:
+            return self._backend.infer(tensor)
+        except Exception as error:  # each runtime has its own kinds
+            raise OutputError(
+                f"runtime {self.execution.runtime!r}",
+                f"failed ({type(error).__name__}: {error})".replace("\n", " "),
+                "",
+                "Verify the bundle on this device.",
+            ) from error
+
     def self_test(self) -> SelfTest:
         """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
         difference, agreement = 0.0, 1.0
         for entry in self.bundle.manifest.golden:
-            found = self.predict(self._golden(entry.frame))
+            try:
+                found = self.predict(self._golden(entry.frame))
+            except FrameError as error:
+                raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
             logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
             difference = max(difference, float(np.abs(found.logits - logits).max()))
             agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
@@ -261,8 +292,10 @@ class Predictor:
         return found
 
     def close(self) -> None:
-        """Frees the runtime. The Predictor cannot be used afterwards."""
-        self._backend.close()
+        """Frees the runtime. The Predictor cannot be used afterwards; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._backend.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -285,4 +318,4 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
             continue
         log.info("auto: picked %s", runtime)
         return artifact
-    raise RuntimeUnavailableError("runtime 'auto'", f"nothing can run here: {'; '.join(reasons)}")
+    raise RuntimeUnavailableError("runtime 'auto'", f"nothing can run here: {'; '.join(reasons)}", "", "Install one.")

@@ -1,4 +1,4 @@
-"""Pixels to tensor: the only definition of it. Export, training checks, benchmarks and every runtime call this.
+"""Pixels to tensor: the only definition of it on a device. Export, benchmarks and every runtime call this.
 
 A frame is (H, W) grey or (H, W, 3) RGB; H W are its rows and columns, h w the network's, C the network's channels.
 Values are scaled by dtype, never by content: uint8 / 255, uint16 / 65535 (or by the bits stored), float32 in [0, 1].
@@ -90,7 +90,7 @@ def _check_bits(frame: NDArray[Any], bits: int) -> None:
         raise FrameError(
             "bits", f"got {bits!r} for {frame.dtype}", "expected 1 to 16, and only for uint16", "Leave it out."
         )
-    if (largest := int(frame.max())) >= 2**bits:
+    if (largest := int(frame.max())) >= 2 ** int(bits):
         raise FrameError("frame", f"got the value {largest}", f"expected less than 2**{bits}", "Give the bits stored.")
 
 
@@ -163,7 +163,7 @@ def to_tensor(frame: NDArray[Any], contract: InputContract, bits: int | None = N
     image = frame if colour else frame[:, :, None]
     planes = resize(image, contract.resize, placement.height, placement.width)
     if frame.dtype != np.float32:
-        planes /= (1 << (bits or 8 * frame.dtype.itemsize)) - 1
+        planes /= (1 << int(bits or 8 * frame.dtype.itemsize)) - 1
     tensor = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
     rows = slice(placement.top, placement.top + placement.height)
     columns = slice(placement.left, placement.left + placement.width)

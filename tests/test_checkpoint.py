@@ -219,7 +219,10 @@ def test_a_missing_file_is_named(tmp_path: Path, ending: str) -> None:
 def test_another_ending_is_refused_before_the_file_is_opened(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(name)
-    assert str(caught.value) == f"{name}: got the ending {Path(name).suffix!r}, expected .safetensors, .pth, .pt"
+    assert (
+        str(caught.value)
+        == f"{name}: got the ending {Path(name).suffix!r}, expected .safetensors, .pth, .pt. Convert it."
+    )
 
 
 class Evil:

@@ -176,7 +176,7 @@ def test_an_array_out_of_range_is_refused(run: Run, bundle: Path, tmp_path: Path
         (("--runtime", "tflite"), "error: runtime: got 'tflite', expected one of auto, onnxruntime, openvino, pytorch"),
         (("--precision", "int8", "--runtime", "openvino"), "no artifact for openvino in int8, it has: "),
         (("--threads", "0"), "error: threads: got 0, expected a whole number of at least 1"),
-        (("--overlay", "out.jpg"), "error: out.jpg: got the ending '.jpg', expected .png or a folder"),
+        (("--overlay", "out.jpg"), "error: --overlay: got the ending '.jpg', expected .png or a folder"),
     ],
     ids=["runtime", "precision", "threads", "overlay"],
 )
@@ -203,3 +203,34 @@ def test_the_command_s_process_ends_with_code_2_and_no_traceback(tmp_path: Path)
     assert done.stderr == (
         f"error: {tmp_path / 'none.bundle'}: no such folder, expected a bundle. Make one with 'msa2net export'.\n"
     )
+
+
+@pytest.mark.parametrize("option", ["--mask", "--overlay"])
+def test_an_input_is_never_overwritten(run: Run, png: Path, bundle: Path, option: str) -> None:
+    before = png.read_bytes()
+    code, _, err = run("predict", png, "--bundle", bundle, option, png)
+    assert code == 2
+    assert err == f"error: {option}: names an input, expected another file. The image would be lost.\n"
+    assert png.read_bytes() == before
+
+
+def test_mask_and_overlay_do_not_share_a_place(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = run("predict", png, "--bundle", bundle, "--mask", tmp_path / "out", "--overlay", tmp_path / "out")
+    assert code == 2
+    assert err == "error: --mask: is --overlay, too, expected another. Name two files or folders.\n"
+
+
+def test_verify_goes_on_after_a_runtime_that_cannot_load(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msa2net.runtimes.backends.onnxruntime import OnnxRuntimeBackend
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such symbol")
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "__init__", broken)
+    code, out, err = run("verify", bundle)
+    assert code == 2
+    assert "FAIL: runtime 'onnxruntime': cannot load the model (RuntimeError: no such symbol)" in out
+    assert out.count(" pass: ") == len(RUNTIMES) - 1
+    assert "1 artifacts fail their golden frames" in err

@@ -940,3 +940,12 @@ def test_16_bit_colour_is_refused_since_pillow_would_cut_it_to_8_bits(tmp_path: 
         "image: got 16-bit colour, which Pillow cuts to 8, expected 8-bit colour or 16-bit grey. "
         "Save the array as .npy."
     )
+
+
+@pytest.mark.parametrize("width", range(20, 60))
+def test_8_bit_colour_tiffs_are_not_taken_for_16_bits(folder: Path, width: int) -> None:
+    """Pillow's tile arguments hold offsets, too: 1604 has a 16 in it."""
+    pixels = np.random.default_rng(width).integers(0, 256, (20, width, 3), np.uint8)
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "raw"):
+        path = keep(folder, encoded(Image.fromarray(pixels), "TIFF", compression=compression))
+        assert np.array_equal(single(path)[0], pixels)

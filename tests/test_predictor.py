@@ -293,6 +293,38 @@ def test_an_option_out_of_range_is_refused(options: dict[str, Any], text: str) -
     assert str(caught.value).startswith(text)
 
 
+def test_a_closed_predictor_says_so_and_closes_once() -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+        predictor.close()
+    with pytest.raises(RuntimeUnavailableError, match="predictor: is closed, expected an open one"):
+        predictor.predict(FRAME)
+
+
+def test_a_runtime_that_fails_is_an_error_of_ours() -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+
+        def failing(_: Any) -> Any:
+            raise RuntimeError("out of\nmemory")
+
+        predictor._backend.infer = failing  # type: ignore[method-assign]
+        with pytest.raises(OutputError) as caught:
+            predictor.predict(FRAME)
+    assert str(caught.value) == (
+        "runtime 'onnxruntime': failed (RuntimeError: out of memory). Verify the bundle on this device."
+    )
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_a_precision_that_a_backend_cannot_run_is_refused_and_not_relabelled(
+    predictors: dict[str, Predictor], runtime: str
+) -> None:
+    bundle = predictors[runtime].bundle
+    backend = backends.backend_class(runtime)
+    refused = pytest.raises(RuntimeUnavailableError, match=f"runtime '{runtime}': got precision 'int8', expected")
+    with bundle.open_artifact(bundle.artifact(runtime, "fp32")) as files, refused:
+        backend(files, bundle.manifest, "CPU", "int8", 1)
+
+
 def test_threads_are_passed_on() -> None:
     for runtime in ("onnxruntime", "openvino"):
         with Predictor.load(DEMO_BUNDLE, runtime=runtime, threads=1) as predictor:

@@ -569,7 +569,7 @@ def test_good_logits_lose_their_first_axis() -> None:
 
 
 BROKEN = "expected finite values", "The runtime or the model is broken: verify the bundle."
-PROMISED = "expected float32 (1, 2, 4, 6)", ""
+PROMISED = "expected float32 (1, 2, 4, 6)", "Verify the bundle."
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,12 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_only(runtime: str, device: str) -> None:
-    """Raises RuntimeUnavailableError unless `device` is "CPU"."""
+def require_fp32_cpu(runtime: str, device: str, precision: str) -> None:
+    """Raises RuntimeUnavailableError unless `device` is "CPU" and `precision` is "fp32"."""
+    if precision != "fp32":
+        raise RuntimeUnavailableError(
+            f"runtime {runtime!r}", f"got precision {precision!r}", "expected 'fp32'", "Others are not supported yet."
+        )
     if device != "CPU":
         raise RuntimeUnavailableError(
             f"runtime {runtime!r}", f"got device {device!r}", "expected 'CPU'", "Other devices are not supported yet."

@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, cpu_only
+from msa2net.runtimes.backends import Facts, require_fp32_cpu
 from msa2net.runtimes.bundle import Manifest
 
 PROVIDER = "CPUExecutionProvider"
@@ -20,7 +20,7 @@ class OnnxRuntimeBackend:
     """See `msa2net.runtimes.backends`."""
 
     def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
-        cpu_only("onnxruntime", device)
+        require_fp32_cpu("onnxruntime", device, precision)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -36,7 +36,10 @@ class OnnxRuntimeBackend:
         # It drops a provider that fails to load without an error, so what it really uses is read back.
         if session.get_providers() != [PROVIDER]:
             raise RuntimeUnavailableError(
-                "runtime 'onnxruntime'", f"runs on {session.get_providers()}", f"expected [{PROVIDER!r}]"
+                "runtime 'onnxruntime'",
+                f"runs on {session.get_providers()}",
+                f"expected [{PROVIDER!r}]",
+                "Reinstall onnxruntime alone, without onnxruntime-gpu.",
             )
         self._session = session
         self._input = session.get_inputs()[0].name

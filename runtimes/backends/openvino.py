@@ -29,7 +29,10 @@ class OpenVinoBackend:
             )
         if precision not in _HINTS:
             raise RuntimeUnavailableError(
-                "runtime 'openvino'", f"got precision {precision!r}", f"expected one of {', '.join(_HINTS)}"
+                "runtime 'openvino'",
+                f"got precision {precision!r}",
+                f"expected one of {', '.join(_HINTS)}",
+                "Others are not supported yet.",
             )
         config = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -41,7 +44,7 @@ class OpenVinoBackend:
         try:
             compiled = core.compile_model(core.read_model(*files), device, config)
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[-1]
+            first = (str(error).strip().splitlines() or ["no reason given"])[-1]
             raise RuntimeUnavailableError(
                 "runtime 'openvino'", f"cannot load the model ({first})", "", "Update openvino, or export again."
             ) from error
@@ -69,6 +72,7 @@ class OpenVinoBackend:
                 "runtime 'openvino'",
                 f"runs in {hint.get_type_name()} with nodes in {sorted(nodes)}",
                 f"expected {asked}",
+                "Use another runtime on this device.",
             )
         return asked
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, cpu_only
+from msa2net.runtimes.backends import Facts, require_fp32_cpu
 from msa2net.runtimes.bundle import Manifest
 
 
@@ -21,8 +21,7 @@ class PyTorchBackend:
         from msa2net.core.checkpoint import Checkpoint, load_model
         from msa2net.core.config import ModelConfig
 
-        cpu_only("pytorch", device)
-        torch.set_num_threads(threads)
+        require_fp32_cpu("pytorch", device, precision)
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeUnavailableError(
                 "runtime 'pytorch'",
@@ -30,6 +29,7 @@ class PyTorchBackend:
                 "expected 'highest'",
                 "Call torch.set_float32_matmul_precision('highest').",
             )
+        torch.set_num_threads(threads)
         checkpoint = Checkpoint(Path("torch/weights.safetensors"), load_file(files[0]))
         self._model = load_model(checkpoint, ModelConfig.from_json(manifest.model_config))
         self.facts = Facts(
