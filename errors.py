@@ -15,7 +15,8 @@ class Msa2NetError(Exception):
         self.expected = expected
         self.advice = advice
         sentence = f"{place}: {found}" + (f", {expected}" if expected else "")
-        super().__init__(f"{sentence}. {advice}" if advice else sentence)
+        whole = f"{sentence}. {advice}" if advice else sentence
+        super().__init__(whole.replace("\n", " "))  # a runtime's own message, quoted in `found`, can have several lines
 
 
 class FrameError(Msa2NetError):

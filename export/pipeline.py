@@ -132,7 +132,7 @@ def export_bundle(
         except (Msa2NetError, OSError):
             raise
         except Exception as error:  # each tool has its own kinds
-            reason = f"the models cannot be written ({type(error).__name__}: {error})".replace("\n", " ")
+            reason = f"the models cannot be written ({type(error).__name__}: {error})"
             raise ExportError(output, reason, "", "Is the disk full, or a tool of another version?") from error
         document["artifacts"] = [_entry(folder, runtime, versions[runtime]) for runtime in runtimes]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)

@@ -188,7 +188,7 @@ class Predictor:
             except Exception as error:  # each runtime has its own kinds
                 raise RuntimeUnavailableError(
                     f"runtime {artifact.runtime!r}",
-                    f"cannot load the model ({type(error).__name__}: {error})".replace("\n", " "),
+                    f"cannot load the model ({type(error).__name__}: {error})",
                     "",
                     "Update the runtime, or export again.",
                 ) from error
@@ -248,7 +248,7 @@ class Predictor:
         except Exception as error:  # each runtime has its own kinds
             raise OutputError(
                 f"runtime {self.execution.runtime!r}",
-                f"failed ({type(error).__name__}: {error})".replace("\n", " "),
+                f"failed ({type(error).__name__}: {error})",
                 "",
                 "Verify the bundle on this device.",
             ) from error
