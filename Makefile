@@ -37,7 +37,7 @@ slow: $(VENV)/installed
 
 # The demo's weights, from nothing: about an hour on two cores. It goes on where it was interrupted.
 train: $(VENV)/installed
-	$(BIN)/python -m msa2net.core.train --output build/training
+	$(BIN)/python -m msa2net.core.train --preset demo --output build/training
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from msa2net.errors import FrameError, Msa2NetError
-from msa2net.runtimes import DemoModelWarning, Predictor, Segmentation
+from msa2net.runtimes import AccuracyLossWarning, DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.backends import RUNTIMES
-from msa2net.runtimes.bundle import PRECISIONS, Bundle
+from msa2net.runtimes.bundle import PRECISIONS, RESIZE_RULES, Bundle
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
@@ -137,7 +137,10 @@ def predict(arguments: argparse.Namespace) -> int:
             frames = target.check(frames)
         if not arguments.json:
             e = predictor.execution
-            print(f"{e.model} {e.model_version} on {e.runtime} {e.runtime_version}, {e.precision}, {e.threads} threads")
+            print(
+                f"{e.model} {e.model_version} on {e.runtime} {e.runtime_version}, {e.precision} "
+                f"(accuracy: {e.accuracy}), {e.threads} threads"
+            )
             print(f"{'input':>5} {'frame':>5} {'rows':>6} {'cols':>6} {'ms':>8}  share of each class")
         for number, index, pixels, bits in frames:
             try:
@@ -197,14 +200,14 @@ def info(arguments: argparse.Namespace) -> int:
     print(f"digest   {bundle.digest}")
     print(f"classes  {', '.join(c.name for c in manifest.classes)}")
     print(f"input    {contract.channels} x {contract.height} x {contract.width}, {contract.resize}, {contract.fit}")
-    print(f"{'runtime':<12} {'precision':<9} {'MB':>7}  {'equal pixels':>12}  here")
+    print(f"{'runtime':<12} {'precision':<9} {'MB':>7}  {'equal pixels':>12}  {'accuracy':<8}  here")
     for entry in Predictor.available(path):
         artifact = bundle.artifact(entry.runtime, entry.precision)
         size = sum(file.bytes for file in artifact.files) / 1e6
         agreement = artifact.parity.get("pixel_agreement")
         shown = f"{agreement:.4%}" if isinstance(agreement, float) else "?"
         here = "yes" if entry.available else entry.reason
-        print(f"{entry.runtime:<12} {entry.precision:<9} {size:>7.1f}  {shown:>12}  {here}")
+        print(f"{entry.runtime:<12} {entry.precision:<9} {size:>7.1f}  {shown:>12}  {entry.accuracy:<8}  {here}")
     return 0
 
 
@@ -247,13 +250,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, type=Path, help="the bundle's folder, such as lesion.bundle")
     command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
     command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
-    command.add_argument("--images", type=Path, help="folder of images for the parity check; default: phantoms")
+    command.add_argument(
+        "--data",
+        metavar="KIND:PATH",
+        help="images for the accuracy check, such as images:DIR or folder:DIR; default: phantoms",
+    )
+    command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")
+    command.add_argument(
+        "--allow-accuracy-loss", action="store_true", help="write artifacts that fail the check; they will say so"
+    )
     command.add_argument("--name", help="the model's name in the bundle; default: the checkpoint's")
     command.add_argument("--model-version", help="default: the checkpoint's, or 1")
     command.add_argument("--classes", help="names, separated by commas, the background first")
     command.add_argument("--mean", help="one or three numbers, of pixels scaled to [0, 1]")
     command.add_argument("--std", help="one or three numbers")
     command.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    command.add_argument("--resize", choices=RESIZE_RULES, help="default: the checkpoint's, or bilinear")
     command.add_argument("--fit", choices=("stretch", "letterbox"), default="stretch")
     command.add_argument("--enlarge", choices=("nearest", "bilinear"), default="nearest")
     command.set_defaults(run=export)
@@ -271,7 +283,8 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module="msa2net")
-        warnings.simplefilter("always", DemoModelWarning)
+        for category in (DemoModelWarning, AccuracyLossWarning):  # by `python -m` they come from the module __main__
+            warnings.simplefilter("always", category)
         try:
             code: int = arguments.run(arguments)
         except Msa2NetError as error:

@@ -18,6 +18,10 @@ class Msa2NetError(Exception):
         whole = f"{sentence}. {advice}" if advice else sentence
         super().__init__(whole.replace("\n", " "))  # a runtime's own message, quoted in `found`, can have several lines
 
+    def __reduce__(self) -> tuple[type[Msa2NetError], tuple[str, str, str, str]]:
+        """The parts, not the whole sentence: an error of another process comes back pickled."""
+        return type(self), (self.place, self.found, self.expected, self.advice)
+
 
 class FrameError(Msa2NetError):
     """An image that cannot be segmented: dtype, shape, values, or a file that cannot be read."""
@@ -41,3 +45,7 @@ class OutputError(Msa2NetError):
 
 class ExportError(Msa2NetError):
     """An export that was refused; unless it says otherwise, nothing has been written under the target's name."""
+
+
+class DataError(Msa2NetError):
+    """A data set whose layout or content is not as its kind promises."""

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from msa2net.core.data.phantom import TEST_SEED
 from msa2net.core.phantoms import KINDS, phantom
-from msa2net.core.train import TEST_SEED
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.images import read_frames

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from msa2net.benchmarks import machine
 from msa2net.errors import Msa2NetError
-from msa2net.runtimes import Availability, DemoModelWarning, Predictor, Timings
+from msa2net.runtimes import DemoModelWarning, Predictor, Timings
 from msa2net.runtimes.backends import default_threads
-from msa2net.runtimes.bundle import Bundle
+from msa2net.runtimes.bundle import Artifact, Bundle
 from msa2net.runtimes.images import read_npy
 from msa2net.runtimes.measure import interleaved, percentile, timed
 from msa2net.runtimes.postprocess import nearest_index
@@ -61,7 +61,7 @@ def test_frame(bundle: Bundle) -> NDArray[Any]:
     return np.ascontiguousarray(frame[rows[:, None], columns])
 
 
-def start_up(path: Path, entry: Availability, threads: int, frame: Path) -> tuple[float, float]:
+def start_up(path: Path, entry: Artifact, threads: int, frame: Path) -> tuple[float, float]:
     """Seconds from the start of a new process to its first mask, and its peak memory in MB."""
     arguments = [str(path), entry.runtime, entry.precision, str(threads), str(frame)]
     start = time.time()
@@ -157,9 +157,7 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
         np.save(frame_file, frame)
         for _ in tqdm(range(1 if quick else 3), "start-up", unit="round", disable=None):
             for name, predictor in predictors.items():
-                artifact = predictor.artifact
-                entry = Availability(artifact.runtime, artifact.precision, True, "")
-                starts[name].append(start_up(path, entry, threads, frame_file))
+                starts[name].append(start_up(path, predictor.artifact, threads, frame_file))
 
     operations = machine.multiply_adds(bundle.manifest)
     fastest = min(products, key=lambda name: statistics.median(products[name]))

@@ -172,26 +172,29 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> MSA
     for key, value in expected.items():
         if key not in state and is_unused(key, config):
             state[key] = torch.zeros(value.shape, dtype=value.dtype)
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    misshaped = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    if missing or unexpected or misshaped:
-        found = "; ".join(
-            f"{len(keys)} {name}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}"
-            for name, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-            if keys
-        )
-        raise CheckpointError(
-            checkpoint.path, found, f"expected exactly the {len(expected)} keys of the {config.deep_decoder} form"
-        )
+    _require_keys(checkpoint.path, state, expected, f"the {len(expected)} keys of the {config.deep_decoder} form")
     if broken := [key for key, value in state.items() if not torch.isfinite(value).all()]:
         found = f"NaN or infinity in {', '.join(broken[:5])}{', …' if len(broken) > 5 else ''}"
         raise CheckpointError(checkpoint.path, found, "expected finite weights", "Did the training diverge?")
     return _materialise(config, state)
+
+
+def _require_keys(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], named: str) -> None:
+    """Raises CheckpointError unless `found` has exactly the keys and shapes of `expected`."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshaped = [
+        f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key].shape != expected[key].shape
+    ]
+    if missing or unexpected or misshaped:
+        listed = "; ".join(
+            f"{len(keys)} {name}: {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}"
+            for name, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+            if keys
+        )
+        raise CheckpointError(path, listed, f"expected exactly {named}")
 
 
 def _materialise(config: ModelConfig, state: Mapping[str, Tensor]) -> MSA2Net:
@@ -199,6 +202,23 @@ def _materialise(config: ModelConfig, state: Mapping[str, Tensor]) -> MSA2Net:
         model = MSA2Net(config)
     model.load_state_dict(state)
     return model.eval()
+
+
+def load_encoder(model: MSA2Net, checkpoint: Checkpoint) -> None:
+    """Fills the encoder from an ImageNet MaxViT's file, such as timm's `maxvit_rmlp_small_rw_224.sw_in1k`.
+
+    Its keys are the encoder's without "backbone.backbone."; those of its classifier ("head.") are left out. Strict:
+    raises CheckpointError listing missing, unexpected and mis-shaped keys, and the network is as it was.
+    """
+    prefix = "backbone.backbone."
+    found = {
+        prefix + key.removeprefix(prefix): value
+        for key, value in checkpoint.state.items()
+        if not key.startswith("head.")
+    }
+    expected = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
+    _require_keys(checkpoint.path, found, expected, f"the {len(expected)} keys of this network's MaxViT encoder")
+    model.load_state_dict(found, strict=False)
 
 
 def used_state(model: MSA2Net) -> dict[str, Tensor]:

@@ -45,7 +45,10 @@ class MSA2Net(nn.Module):
             raise ValueError(
                 f"x: got shape {tuple(x.shape)}, expected (B, 1 or 3, {IMAGE_SIZE}, {IMAGE_SIZE}). Resize the image."
             )
-        maps = self.backbone(x)
+        return self.decode(self.backbone(x))
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """The encoder's four maps, shallow to deep -> raw logits (B, K, 224, 224)."""
         tokens = self.decoder_3(maps[3].permute(0, 2, 3, 1).flatten(1, 2))
         tokens = self.decoder_2(tokens, maps[2])
         tokens = self.decoder_1(tokens, maps[1])

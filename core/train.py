@@ -1,9 +1,10 @@
-"""Trains the demo model on procedural phantoms: `python -m msa2net.core.train --output DIR`.
+"""Trains or fine-tunes MSA2Net: `python -m msa2net.core.train --data KIND:PATH --output DIR`.
 
-One command from nothing to `DIR/demo.safetensors`; run again after an interruption it goes on where it was.
-`--evaluate FILE` scores a checkpoint on phantoms of seeds that no training or validation saw.
+`DIR/model.safetensors` is the best checkpoint so far by the mean Dice of the validation, `DIR/log.csv` has a row for
+every validation. Run again after an interruption the command goes on where it was, to the same weights.
 
-The phantoms are drawn, not photographed: the model demonstrates the path and has no clinical use.
+`--preset demo` makes the demo's weights from nothing. Its phantoms are drawn, not photographed: the model
+demonstrates the path and has no clinical use.
 """
 
 from __future__ import annotations
@@ -12,92 +13,98 @@ import argparse
 import csv
 import json
 import math
-import multiprocessing
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
-from msa2net.core.config import IMAGE_SIZE, VARIANTS
+from msa2net.core.augment import AUGMENTATIONS, augmentation
+from msa2net.core.checkpoint import config_of, load_encoder, load_model, read_checkpoint, save_checkpoint, used_state
+from msa2net.core.config import DEEP_DECODERS, IMAGE_SIZE, VARIANTS, ModelConfig
+from msa2net.core.data import open_data
+from msa2net.core.data.frames import Frames, load_frames, split
+from msa2net.core.losses import LOSSES
 from msa2net.core.maxvit import LayerScale
 from msa2net.core.network import MSA2Net, is_unused
-from msa2net.core.phantoms import KINDS, otsu_largest_component, phantom
-from msa2net.errors import CheckpointError, Msa2NetError
-from msa2net.runtimes.measure import dice
+from msa2net.errors import CheckpointError, DataError, Msa2NetError
+from msa2net.runtimes.bundle import RESIZE_RULES
+from msa2net.runtimes.measure import FALSE_PIXELS, dice
 
-# Seeds of the three parts never meet.
-TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 900_000, 1_000_000
-MEAN, STD = 0.5, 0.5  # of pixels / 255: the released pipeline's
-FALSE_PIXELS = 50  # a lesion-free frame with more is counted as a false alarm
-METADATA = {
-    "model": "demo",
-    "classes": json.dumps(["background", "lesion"]),
-    "mean": json.dumps([MEAN] * 3),
-    "std": json.dumps([STD] * 3),
-    "notice": "Trained on synthetic phantoms. Not for clinical use.",
+NOTICE = "Not a medical device. Validate before any clinical use."
+PHANTOM_NOTICE = "Trained on synthetic phantoms. Not for clinical use."
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a training depends on. A run goes on only with the settings that it was begun with.
+
+    data, validation  "KIND:PATH"; validation can be a share of data's cases, such as "0.1"
+    start             a checkpoint to fine-tune: its sizes, form, resize, mean and std are taken over; "" to begin anew
+    encoder           an ImageNet MaxViT file for the encoder of a network begun anew; ""
+    steps             of `batch` frames; 0: `epochs` times the frames
+    patience          validations without a better Dice until the training ends early; 0: never
+    mixed             encoder in bfloat16; the decoder's attention overflows there and stays in float32
+    """
+
+    data: str
+    validation: str = "0.1"
+    variant: str = "small"
+    form: str = "dual_attention"
+    start: str = ""
+    encoder: str = ""
+    classes: tuple[str, ...] = ()
+    loss: str = "ce+dice"
+    optimizer: str = "adamw"
+    rate: float = 1e-3
+    weight_decay: float = 0.02
+    warmup: int = 100
+    batch: int = 16
+    steps: int = 0
+    epochs: int = 100
+    every: int = 100
+    patience: int = 0
+    augment: str = "full"
+    mixed: bool = False
+    resize: str = "bilinear"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    seed: int = 0
+
+
+# What a preset sets; the options of the command line go before it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # The public code's, see its training script: 400 to 700 epochs, batches of 20 to 24.
+    "public": {
+        "loss": "boundary-dou",
+        "optimizer": "sgd",
+        "rate": 0.05,
+        "weight_decay": 1e-4,
+        "warmup": 0,
+        "batch": 24,
+        "epochs": 400,
+        "resize": "spline",
+    },
+    "demo": {
+        "data": "phantoms:4000@0",
+        "validation": "phantoms:60@900000",
+        "variant": "tiny",
+        "rate": 2e-3,
+        "steps": 2000,
+        "augment": "light",
+    },
 }
-Frames = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
-def _draw(task: tuple[str, int]) -> Frames:
-    drawn = phantom(*task)
-    return drawn.image, drawn.mask
-
-
-def draw_frames(first_seed: int, per_kind: int, label: str) -> Frames:
-    """Images (N, 224, 224, 3) and masks (N, 224, 224), uint8; the kinds alternate."""
-    tasks = [(kind, first_seed + i) for i in range(per_kind) for kind in KINDS]
-    images = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    masks = np.empty((len(tasks), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    # One process a core, each with one BLAS thread: read when numpy is first imported, so the children start afresh.
-    variable = "OPENBLAS_NUM_THREADS"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-            drawn = pool.map(_draw, tasks, chunksize=16)
-            for i, (image, mask) in enumerate(tqdm(drawn, label, len(tasks), unit="frame")):
-                images[i], masks[i] = image, mask
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-    return images, masks
-
-
-def to_input(images: NDArray[np.uint8]) -> Tensor:
-    """(B, 224, 224, 3) uint8 -> normalised (B, 3, 224, 224) float32."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (x - MEAN) / STD
-
-
-def augment(x: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Per frame: mirrored, gain and offset changed, a little noise. Geometry and contrast come from the generator."""
-    for i in range(len(x)):
-        if rng.random() < 0.5:
-            x[i], masks[i] = x[i].flip(-1), masks[i].flip(-1)
-    gain = torch.from_numpy(rng.uniform(0.85, 1.15, (len(x), 1, 1, 1))).float()
-    offset = torch.from_numpy(rng.uniform(-0.15, 0.15, (len(x), 1, 1, 1))).float()
-    return (x * gain + offset).clamp(-1, 1), masks
-
-
-def loss_of(logits: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy plus 1 - soft Dice of the lesion, per frame. Logits (B, 2, H, W), masks (B, H, W) int64."""
-    lesion, truth = logits.softmax(1)[:, 1].flatten(1), masks.flatten(1).float()
-    overlap = 2 * (lesion * truth).sum(1) + 100  # smoothing: a lesion-free frame is judged by its false pixels
-    soft_dice = overlap / (lesion.sum(1) + truth.sum(1) + 100)
-    return F.cross_entropy(logits, masks) + (1 - soft_dice).mean()
+# Network and steps ------------------------------------------------------------------------------------------------
 
 
 def initialise(model: MSA2Net) -> None:
@@ -118,42 +125,43 @@ def initialise(model: MSA2Net) -> None:
     for name, parameter in model.named_parameters():
         if "layer_scale" in name:
             nn.init.constant_(parameter, 0.1)
+
+
+def build(settings: Settings) -> MSA2Net:
+    """The network that the training begins with. Parameters that no output depends on are zero and stay so."""
+    if settings.start:
+        checkpoint = read_checkpoint(settings.start)
+        config = config_of(checkpoint)
+        model = load_model(checkpoint)
+        if config.num_classes != len(settings.classes):  # another task: all but the last layer is kept
+            old = model.state_dict()
+            model = MSA2Net(replace(config, num_classes=len(settings.classes)))
+            initialise(model)
+            last = "decoder_0.last_layer."
+            model.load_state_dict({k: v for k, v in old.items() if not k.startswith(last)}, strict=False)
+    else:
+        model = MSA2Net(
+            replace(VARIANTS[settings.variant], num_classes=len(settings.classes), deep_decoder=settings.form)
+        )
+        initialise(model)
+        if settings.encoder:
+            load_encoder(model, read_checkpoint(settings.encoder))
+    for name, parameter in model.named_parameters():
         if is_unused(name, model.config):
             nn.init.zeros_(parameter).requires_grad_(False)
+    return model
 
 
-@torch.inference_mode()
-def predict_masks(model: nn.Module, images: NDArray[np.uint8], batch: int = 16) -> NDArray[np.uint8]:
-    """Argmax masks (N, 224, 224) of the model in evaluation mode."""
-    model.eval()
-    parts = [model(to_input(images[i : i + batch])).argmax(1).to(torch.uint8) for i in range(0, len(images), batch)]
-    return torch.cat(parts).numpy()
+def logits_of(model: MSA2Net, x: Tensor, mixed: bool) -> Tensor:
+    """Float32 logits; `mixed` runs the encoder in bfloat16.
 
-
-def scores(predictions: NDArray[np.uint8], masks: NDArray[np.uint8]) -> dict[str, dict[str, float]]:
-    """Per kind, which alternate: mean Dice of those with a lesion, share of the others with a false alarm."""
-    result = {}
-    for k, kind in enumerate(KINDS):
-        pairs = list(zip(predictions[k :: len(KINDS)], masks[k :: len(KINDS)], strict=True))
-        with_lesion = [dice(predicted, true) for predicted, true in pairs if true.any()]
-        alarms = [int(predicted.sum()) > FALSE_PIXELS for predicted, true in pairs if not true.any()]
-        result[kind] = {
-            "lesion_frames": len(with_lesion),
-            "dice": float(np.mean(with_lesion)),
-            "free_frames": len(alarms),
-            "false_alarms": float(np.mean(alarms)) if alarms else 0.0,
-        }
-    return result
-
-
-def evaluate(checkpoint: Path, per_kind: int) -> dict[str, dict[str, float]]:
-    """Scores of the checkpoint and of Otsu's threshold on `per_kind` unseen phantoms of each kind."""
-    images, masks = draw_frames(TEST_SEED, per_kind, "test phantoms")
-    result = scores(predict_masks(load_model(read_checkpoint(checkpoint)), images), masks)
-    baseline = scores(np.stack([otsu_largest_component(image) for image in images]), masks)
-    for kind in KINDS:
-        result[kind]["otsu_dice"] = baseline[kind]["dice"]
-    return result
+    The decoder stays in float32: under autocast as a whole the network went to NaN within 50 steps.
+    """
+    if not mixed:
+        return model(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        maps = model.backbone(x)
+    return model.decode([each.float() for each in maps])
 
 
 def batch_at(step: int, count: int, batch: int, seed: int) -> NDArray[np.int64]:
@@ -162,135 +170,327 @@ def batch_at(step: int, count: int, batch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(count)[position * batch : (position + 1) * batch]
 
 
-def rate_at(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def rate_at(step: int, steps: int, settings: Settings) -> float:
+    """Linear warm-up; then half a cosine down to zero (adamw), or rate (1 - step / steps)^0.9 (sgd)."""
+    if step < settings.warmup:
+        return settings.rate * (step + 1) / settings.warmup
+    if settings.optimizer == "sgd":
+        return settings.rate * (1 - step / steps) ** 0.9
+    progress = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return settings.rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def scores(predictions: NDArray[np.uint8], frames: Frames, classes: int) -> dict[str, dict[str, float]]:
+    """Per group: `dice`, the mean over frames of the mean over the classes in them; `alarms`, the share of the frames
+    without any in which more than 50 pixels were found. NaN where there is no such frame.
+    """
+    result = {}
+    for group in dict.fromkeys(frames.groups):
+        found: list[float] = []
+        alarms: list[bool] = []
+        for prediction, truth, each in zip(predictions, frames.labels, frames.groups, strict=True):
+            if each != group:
+                continue
+            there = [label for label in range(1, classes) if (truth == label).any()]
+            if there:
+                found.append(float(np.mean([dice(prediction, truth, label) for label in there])))
+            else:
+                alarms.append(int((prediction > 0).sum()) > FALSE_PIXELS)
+        result[group] = {
+            "dice": float(np.mean(found)) if found else math.nan,
+            "alarms": float(np.mean(alarms)) if alarms else math.nan,
+        }
+    return result
 
 
 class Training:
-    """Model, optimizer and step count, saved and restored together."""
+    """Model, optimizer, step count and best Dice, saved and restored together."""
 
-    def __init__(self, settings: dict[str, Any], file: Path) -> None:
-        self.settings, self.file, self.step = settings, file, 0
-        torch.manual_seed(settings["seed"])
-        self.model = MSA2Net(replace(VARIANTS[settings["variant"]], num_classes=2))
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        initialise(self.model)
+    def __init__(self, settings: Settings, steps: int, folder: Path, device: str = "cpu") -> None:
+        self.settings, self.steps, self.device = settings, steps, torch.device(device)
+        self.file, self.log, self.result = folder / "state.pt", folder / "log.csv", folder / "model.safetensors"
+        self.step, self.best, self.since_best = 0, -1.0, 0
+        torch.manual_seed(settings.seed)
+        self.model = build(settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loss = LOSSES[settings.loss]()
+        self.augment = augmentation(settings.augment, IMAGE_SIZE)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.02},
+        if settings.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                trained, settings.rate, momentum=0.9, weight_decay=settings.weight_decay
+            )
+        else:
+            groups = [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
                 {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
             ]
-        )
+            self.optimizer = torch.optim.AdamW(groups, settings.rate)
 
     def restore(self) -> None:
-        """Goes on from the file if there is one. Raises CheckpointError if it was written with other settings."""
+        """Goes on from the state file if there is one. Raises CheckpointError if it was begun with other settings."""
         if not self.file.exists():
             return
-        state = torch.load(self.file, weights_only=True)
-        if state["settings"] != self.settings:
+        state = torch.load(self.file, weights_only=True, map_location=self.device)
+        mine = json.loads(json.dumps(asdict(self.settings)))
+        if different := sorted(key for key in mine if state["settings"].get(key) != mine[key]):
+            key = different[0]
+            found, expected = state["settings"].get(key), mine[key]
             raise CheckpointError(
-                self.file, f"got settings {state['settings']}", f"expected {self.settings}", "Use another --output."
+                self.file, f"was begun with {key} {found!r}", f"expected {expected!r}", "Use another --output."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
+        torch.set_rng_state(state["rng"].cpu())
+        self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
 
     def save(self) -> None:
-        partial = self.file.with_suffix(".partial")
+        partial_file = self.file.with_suffix(".partial")
         state = {
-            "settings": self.settings,
+            "settings": json.loads(json.dumps(asdict(self.settings))),
             "step": self.step,
+            "best": self.best,
+            "since_best": self.since_best,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
-        torch.save(state, partial)
-        partial.replace(self.file)
+        torch.save(state, partial_file)
+        partial_file.replace(self.file)
 
-    def advance(self, x: Tensor, masks: Tensor, rate: float) -> float:
-        """One step; returns its loss. Raises Msa2NetError if that is not finite."""
+    @property
+    def finished(self) -> bool:
+        patience = self.settings.patience
+        return self.step >= self.steps or bool(patience and self.since_best >= patience)
+
+    def batch(self, frames: Frames) -> tuple[Tensor, Tensor]:
+        """The step's augmented images (B, C, 224, 224), normalised, and labels (B, 224, 224) int64."""
+        settings = self.settings
+        images, labels = [], []
+        for i, index in enumerate(batch_at(self.step, len(frames.images), settings.batch, settings.seed)):
+            self.augment.set_random_state(np.random.SeedSequence([settings.seed, self.step, i]).generate_state(1)[0])
+            image = torch.from_numpy(frames.images[index]).float()
+            label = torch.from_numpy(frames.labels[index])[None].float()
+            changed = self.augment({"image": image, "label": label})
+            images.append(changed["image"])
+            labels.append(changed["label"][0])
+        return self.normalise(torch.stack(images)), torch.stack(labels).long()
+
+    def normalise(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (self.settings.mean, self.settings.std))
+        return (x - mean) / std
+
+    def advance(self, x: Tensor, labels: Tensor) -> float:
+        """One step; returns its loss. Raises Msa2NetError, before any weight is changed, if that is not finite."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        loss = loss_of(self.model(x.contiguous(memory_format=torch.channels_last)), masks)
-        if not math.isfinite(loss.item()):
-            raise Msa2NetError(f"step {self.step}", f"loss is {loss.item()}", "expected a finite loss", "Lower --rate.")
+            group["lr"] = rate_at(self.step, self.steps, self.settings)
+        x, labels = x.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
+        loss = self.loss(logits_of(self.model, x, self.settings.mixed), labels)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise Msa2NetError(
+                f"step {self.step}",
+                f"loss is {loss.item()}, its gradient's norm {norm.item()}",
+                "expected finite ones",
+                "Lower --rate, and use another --output.",
+            )
         self.optimizer.step()
         self.step += 1
         return loss.item()
 
+    @torch.inference_mode()
+    def predict(self, images: NDArray[np.float16]) -> NDArray[np.uint8]:
+        """Argmax masks (N, 224, 224) in evaluation mode, float32."""
+        self.model.eval()
+        parts = []
+        for i in range(0, len(images), self.settings.batch):
+            x = self.normalise(torch.from_numpy(images[i : i + self.settings.batch]).float()).to(self.device)
+            parts.append(self.model(x).argmax(1).to(torch.uint8).cpu())
+        return torch.cat(parts).numpy()
 
-def train(arguments: argparse.Namespace) -> Path:
-    """Runs or resumes the training; returns the path of the finished checkpoint."""
-    output: Path = arguments.output
+
+def train(settings: Settings, output: Path, name: str = "model", device: str = "cpu") -> Path:
+    """Runs or resumes a training; returns the path of its best checkpoint.
+
+    Raises DataError, CheckpointError, and Msa2NetError if the loss diverges; the files in `output` stay as they were
+    at the last validation.
+    """
+    dataset = open_data(settings.data, "train", settings.classes or None)
+    settings = replace(settings, classes=dataset.classes)
+    try:
+        share = float(settings.validation)
+    except ValueError:
+        held = open_data(settings.validation, "validation", settings.classes)
+        if held.classes != dataset.classes:
+            raise DataError(
+                "--validation", f"has the classes {held.classes}", f"expected {dataset.classes}", "Use one data set."
+            ) from None
+        cases, held_cases = dataset.cases, held.cases
+    else:
+        cases, held_cases = split(dataset, share, settings.seed)
     output.mkdir(parents=True, exist_ok=True)
-    names = ("variant", "steps", "batch", "frames", "rate", "seed")
-    if arguments.frames // len(KINDS) * len(KINDS) < arguments.batch:
-        raise Msa2NetError(
-            "--frames", f"got {arguments.frames}", f"expected --batch ({arguments.batch}) or more", "Draw more."
+    validation = load_frames(held_cases, settings.resize, "validation frames")
+    frames = load_frames(cases, settings.resize, "training frames")
+    if len(frames.images) < settings.batch:
+        raise DataError(
+            settings.data.partition(":")[0], f"{len(frames.images)} frames", f"expected a batch of {settings.batch}"
         )
-    training = Training({name: getattr(arguments, name) for name in names}, output / "state.pt")
+    steps = settings.steps or settings.epochs * (len(frames.images) // settings.batch)
+    training = Training(settings, steps, output, device)
     training.restore()
-    validation = draw_frames(VALIDATION_SEED, arguments.validation, "validation phantoms")
-    images, masks = draw_frames(TRAIN_SEED, arguments.frames // len(KINDS), "training phantoms")
-    with (
-        (output / "log.csv").open("a" if training.step else "w", newline="") as log,
-        tqdm(total=arguments.steps, initial=training.step, unit="step") as bar,
-    ):
-        writer = csv.writer(log)
-        if not training.step:
-            columns = [f"{kind}_{name}" for kind in KINDS for name in ("dice", "alarms")]
-            writer.writerow(["step", "loss", "rate", *columns])
+    groups = list(dict.fromkeys(validation.groups))
+    columns = [f"{group}_{figure}".strip("_") for group in groups for figure in ("dice", "alarms")]
+    _cut_log(training.log, ["step", "loss", "rate", *columns], training.step)
+    with tqdm(total=steps, initial=training.step, unit="step", disable=None) as bar:
         losses: list[float] = []
-        while training.step < arguments.steps:
-            step = training.step
-            chosen = batch_at(step, len(images), arguments.batch, arguments.seed)
-            rng = np.random.default_rng([arguments.seed, step])
-            x, y = augment(to_input(images[chosen]), torch.from_numpy(masks[chosen]).long(), rng)
-            rate = rate_at(step, arguments.steps, arguments.rate)
-            losses.append(training.advance(x, y, rate))
-            bar.update()
-            if training.step % arguments.every and training.step < arguments.steps:
-                continue
-            found = scores(predict_masks(training.model, validation[0]), validation[1])
-            figures = [found[kind][name] for kind in KINDS for name in ("dice", "false_alarms")]
-            writer.writerow([step + 1, f"{np.mean(losses):.4f}", f"{rate:.2e}", *(f"{f:.4f}" for f in figures)])
-            log.flush()
-            bar.set_postfix_str(f"loss {np.mean(losses):.3f} Dice {figures[0]:.3f} {figures[2]:.3f}")
-            losses = []
+
+        def validate(rate: float) -> None:
+            """A row of the log; the checkpoint, if it is the best so far; then the state."""
+            found = scores(training.predict(validation.images), validation, len(settings.classes))
+            figures = [found[group][figure] for group in groups for figure in ("dice", "alarms")]
+            mean = float(np.nanmean([found[group]["dice"] for group in groups]))
+            training.since_best = 0 if mean > training.best else training.since_best + 1
+            if mean > training.best:
+                training.best = mean
+                save_checkpoint(training.result, used_state(training.model), _metadata(settings, name, training))
+            loss = float(np.mean(losses)) if losses else math.nan
+            row = [training.step, f"{loss:.4f}", f"{rate:.2e}", *(f"{figure:.4f}" for figure in figures)]
+            with training.log.open("a", newline="") as log:
+                csv.writer(log).writerow(row)
             training.save()
-    result = output / "demo.safetensors"
-    save_checkpoint(result, used_state(training.model), METADATA)
-    return result
+            bar.set_postfix_str(f"loss {loss:.3f} Dice {mean:.3f} best {training.best:.3f}")
+            losses.clear()
+
+        if settings.start and not training.step:
+            validate(0.0)  # so that the result is never worse than what it was begun with
+        while not training.finished:
+            rate = rate_at(training.step, steps, settings)
+            losses.append(training.advance(*training.batch(frames)))
+            bar.update()
+            if training.step % settings.every == 0 or training.step == steps:
+                validate(rate)
+    return training.result
+
+
+def _cut_log(file: Path, columns: list[str], step: int) -> None:
+    """The log up to `step`: rows that a killed run wrote after its last save are written again by this one."""
+    rows = []
+    if file.exists() and step:
+        with file.open(newline="") as log:
+            rows = [row for row in list(csv.reader(log))[1:] if int(row[0]) <= step]
+    partial_file = file.with_suffix(".partial")
+    with partial_file.open("w", newline="") as log:
+        csv.writer(log).writerows([columns, *rows])
+    partial_file.replace(file)
+
+
+def _metadata(settings: Settings, name: str, training: Training) -> dict[str, str]:
+    """What export reads from the checkpoint, and where it comes from."""
+    phantoms = settings.data.startswith("phantoms:")
+    return {
+        "model": name,
+        "classes": json.dumps(settings.classes),
+        "mean": json.dumps(settings.mean * (3 if len(settings.mean) == 1 else 1)),
+        "std": json.dumps(settings.std * (3 if len(settings.std) == 1 else 1)),
+        "resize": settings.resize,
+        "notice": PHANTOM_NOTICE if phantoms else NOTICE,
+        "trained": f"{settings.data.partition(':')[0]}, {training.step} steps of {settings.batch} frames",
+    }
+
+
+# Command line -----------------------------------------------------------------------------------------------------
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+_CHOICES = {
+    "variant": tuple(VARIANTS),
+    "form": DEEP_DECODERS,
+    "loss": tuple(LOSSES),
+    "optimizer": OPTIMIZERS,
+    "augment": AUGMENTATIONS,
+    "resize": RESIZE_RULES,
+}
+_HELP = {
+    "data": "KIND:PATH, such as isic2018:DIR, synapse:DIR, folder:DIR, phantoms:4000@0",
+    "validation": "KIND:PATH, or a share of data's cases",
+    "start": "checkpoint to fine-tune; its sizes, form, resize, mean and std are taken over",
+    "encoder": "ImageNet MaxViT file (timm's maxvit_rmlp_small_rw_224) for the encoder",
+    "classes": "names, separated by commas, the background first, where the data does not know them",
+    "steps": "training steps, instead of --epochs",
+    "every": "steps between two validations and saves",
+    "patience": "validations without a better Dice until it stops early; 0: never",
+    "mixed": "encoder in bfloat16, decoder in float32",
+    "mean": "one or three numbers, of pixels scaled to [0, 1]",
+    "std": "one or three numbers",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m msa2net.core.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of model.safetensors, log.csv and the state")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="default")
+    parser.add_argument("--name", help="the model's name in its metadata; default: the preset's, or 'model'")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    for each in fields(Settings):
+        option, default = f"--{each.name.replace('_', '-')}", argparse.SUPPRESS
+        text = _HELP.get(each.name, "")
+        if each.name != "data":
+            text = f"{text} (default: {each.default!r})".strip()
+        if each.name == "mixed":
+            parser.add_argument(option, action="store_true", default=default, help=_HELP["mixed"])
+            continue
+        kind: Callable[[str], Any] = {"int": int, "float": float}.get(str(each.type), str)
+        kind = {"classes": _names, "mean": _numbers, "std": _numbers}.get(each.name, kind)
+        parser.add_argument(option, type=kind, default=default, choices=_CHOICES.get(each.name), help=text)
+    return parser
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The preset with the command line's options put over it; for a fine-tune its checkpoint's mean and std, too."""
+    known = {each.name for each in fields(Settings)}
+    given = {key: value for key, value in vars(arguments).items() if key in known}
+    chosen = PRESETS[arguments.preset] | given
+    if "data" not in chosen:
+        raise DataError("--data", "not given", "expected KIND:PATH", "Or use --preset demo.")
+    if "steps" in given and "epochs" in given:
+        raise Msa2NetError("--steps", "given with --epochs", "expected one of them", "Leave one out.")
+    if "epochs" in given:
+        chosen["steps"] = 0
+    if chosen.get("start"):
+        if clash := sorted({"variant", "form", "encoder"} & given.keys()):
+            raise Msa2NetError(f"--{clash[0]}", "given with --start", "expected the checkpoint's own", "Leave it out.")
+        read = read_checkpoint(chosen["start"])
+        config: ModelConfig = config_of(read)
+        chosen["form"] = config.deep_decoder
+        if "resize" in read.metadata:
+            chosen.setdefault("resize", read.metadata["resize"])
+        for key in {"mean", "std"} & read.metadata.keys() - given.keys():
+            try:
+                chosen[key] = tuple(float(number) for number in json.loads(read.metadata[key]))
+            except (TypeError, ValueError) as error:
+                found = f"its metadata {key!r} is {read.metadata[key][:40]!r}"
+                raise CheckpointError(read.path, found, "expected a JSON list", f"Give --{key} instead.") from error
+    settings = Settings(**chosen)
+    for key in ("rate", "batch", "every"):
+        if not getattr(settings, key) > 0:
+            raise Msa2NetError(f"--{key}", f"got {getattr(settings, key)}", "expected more than 0", "")
+    return settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m msa2net.core.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("build/training"), help="folder of state, log and result")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), default="tiny")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=8000, help="training phantoms, both kinds together")
-    parser.add_argument("--validation", type=int, default=60, help="validation phantoms of each kind")
-    parser.add_argument("--every", type=int, default=100, help="steps between two validations and saves")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate", type=Path, metavar="FILE", help="only score this checkpoint")
-    parser.add_argument("--test", type=int, default=400, help="phantoms of each kind for --evaluate")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        if arguments.evaluate:
-            print(json.dumps(evaluate(arguments.evaluate, arguments.test), indent=2))
-        else:
-            print(train(arguments))
+        name = arguments.name or (arguments.preset if arguments.preset == "demo" else "model")
+        print(train(settings_of(arguments), arguments.output, name, arguments.device))
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -35,7 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
         enlarge=arguments.enlarge,
         name=arguments.name,
         model_version=arguments.model_version,
-        images=arguments.images,
+        resize=arguments.resize,
+        data=arguments.data,
+        report=arguments.report,
+        allow_accuracy_loss=arguments.allow_accuracy_loss,
         force=arguments.force,
     )
     bundle = Bundle(output)
@@ -43,11 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
     for artifact in bundle.manifest.artifacts:
         figures = artifact.parity
         megabytes = sum(file.bytes for file in artifact.files) / 1e6
+        bound = "-" if figures["ratio_bound"] is None else f"{figures['ratio_bound']:.4f}"
         print(
-            f"{artifact.runtime:<12} {artifact.precision:<5} {megabytes:7.1f} MB  "
-            f"largest logit difference {figures['logit_difference']:.2e}, equal pixels "
-            f"{figures['pixel_agreement']:.4%} over {figures['images']} images"
+            f"{artifact.runtime:<12} {artifact.precision:<5} {megabytes:7.1f} MB  {artifact.accuracy:<8} "
+            f"equal pixels {figures['pixel_agreement']:.4%}, bound {bound} of fp32's Dice, "
+            f"largest logit difference {figures['logit_difference']:.1e}, {figures['images']} images"
         )
+        for reason in filter(None, (figures["reason"], *artifact.shortfalls)):
+            print(f"             {reason}")
     return 0
 
 

@@ -1,9 +1,10 @@
-"""The evidence: an artifact's outputs against the reference network's, frame by frame."""
+"""The evidence: what an artifact makes of each image beside what the reference network makes of it, and the verdict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from msa2net.core.data import Dataset
 from msa2net.core.network import MSA2Net
 from msa2net.core.phantoms import KINDS, phantom
-from msa2net.errors import ExportError, FrameError
+from msa2net.errors import DataError, ExportError, FrameError
 from msa2net.runtimes import postprocess, preprocess
-from msa2net.runtimes.bundle import Manifest
-from msa2net.runtimes.images import read_frames
-from msa2net.runtimes.measure import dice, pixel_agreement
+from msa2net.runtimes.bundle import ClassInfo, Manifest
+from msa2net.runtimes.measure import ImageParity, image_parity, judge
 
 PHANTOM_SEED = 2_000_000  # apart from training, validation and test
 # Sizes of the phantoms (H, W): the network's own, then smaller, larger, wide and odd ones.
 _SIZES = ((224, 224), (168, 224), (480, 640), (301, 227))
 # fp32 differs between runtimes only by rounding: measured 1e-6 to 1e-5 of the largest logit.
 LOGIT_LIMIT, PIXEL_LIMIT = 1e-4, 0.9999
+MAX_FRAMES = 400
 
 
 @dataclass(frozen=True)
 class Case:
-    """A frame, how many bits a uint16 one stores, and a name that tells nothing of a patient."""
+    """A frame, how many bits a uint16 one stores, its truth if known, and names that tell nothing of a patient.
+
+    case   the patient or image that the frame is of
+    """
 
     name: str
     frame: NDArray[Any]
     bits: int | None = None
+    truth: NDArray[np.uint8] | None = None
+    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,11 @@ class Result:
     mask: NDArray[np.uint8]
 
 
-def phantom_cases(grey: bool, count: int = 16) -> list[Case]:
-    """Phantoms of both kinds in several sizes. Ultrasound comes in grey, dermoscopy too if the network takes grey."""
+def phantom_cases(grey: bool, count: int = 40) -> list[Case]:
+    """Phantoms of both kinds in several sizes. Ultrasound comes in grey, dermoscopy too if the network takes grey.
+
+    Without their truth: what the network was trained to find need not be their lesions.
+    """
     cases = []
     for i in range(count):
         kind, seed = KINDS[i % len(KINDS)], PHANTOM_SEED + i
@@ -54,37 +64,44 @@ def phantom_cases(grey: bool, count: int = 16) -> list[Case]:
     return cases
 
 
-def folder_cases(folder: Path, limit: int = 200) -> list[Case]:
-    """The first `limit` frames of a folder of images. Raises ExportError if it holds none or one cannot be read."""
-    files = sorted(file for file in folder.glob("*") if file.is_file() and not file.name.startswith("."))
-    cases: list[Case] = []
-    for number, file in enumerate(files, 1):
-        try:
-            for index, (pixels, bits) in enumerate(read_frames(file), 1):
-                cases.append(Case(f"image {number} frame {index}", preprocess.check_frame(pixels, bits), bits))
-                if len(cases) == limit:
-                    return cases
-        except FrameError as error:
-            raise ExportError(
-                f"image {number} of {len(files)}", str(error), "", "Remove it from the folder."
-            ) from error
-    if not cases:
-        raise ExportError("--images", "a folder without images", "expected some for the parity check", "Name another.")
-    return cases
+def data_cases(dataset: Dataset, classes: int, limit: int = MAX_FRAMES) -> list[Case]:
+    """Frames of a data set, at most `limit` and about as many of each case, evenly spread.
+
+    Raises DataError for one that cannot be read or has no pixels, and ExportError for labels beyond `classes`.
+    """
+    chosen = [dataset.cases[i] for i in _spread(len(dataset.cases), limit)]
+    found: list[Case] = []
+    for case in chosen:
+        volume = case.read()
+        several = len(volume.frames) > 1
+        for i in _spread(len(volume.frames), max(1, limit // len(chosen))):
+            truth = None if volume.labels is None else volume.labels[i]
+            if truth is not None and truth.max(initial=0) >= classes:
+                raise ExportError(
+                    case.name, f"has the label {truth.max()}", f"expected less than {classes}", "Is it another task's?"
+                )
+            name = f"{case.name} frame {i + 1}" if several else case.name
+            found.append(
+                Case(name, preprocess.check_frame(volume.frames[i], volume.bits), volume.bits, truth, case.name)
+            )
+    if not found:
+        raise DataError(f"--data {dataset.kind}", "no images", "expected some for the parity check", "Name others.")
+    return found
+
+
+def _spread(count: int, limit: int) -> list[int]:
+    """`limit` of `count` indices, evenly spread; all if there are no more."""
+    return list(range(count)) if count <= limit else [i * count // limit for i in range(limit)]
 
 
 def run_case(case: Case, manifest: Manifest, infer: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Result:
     """One case through the pixel contract and `infer`."""
-    contract = manifest.input
     try:
-        tensor = preprocess.to_tensor(case.frame, contract, case.bits)
+        tensor = preprocess.to_tensor(case.frame, manifest.input, case.bits)
     except FrameError as error:
         raise ExportError(case.name, str(error), "", "Remove it from the parity check's images.") from error
-    raw = infer(tensor)
-    logits = postprocess.check_logits(raw, len(manifest.classes), contract.height, contract.width)
-    size = (case.frame.shape[0], case.frame.shape[1])
-    placement = preprocess.place(contract, *size)
-    return Result(logits, postprocess.to_mask(logits, placement, size, manifest.enlarge))
+    logits, mask, _ = postprocess.finish(infer(tensor), manifest, case.frame.shape[0], case.frame.shape[1])
+    return Result(logits, mask)
 
 
 def reference(model: MSA2Net) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
@@ -99,34 +116,92 @@ def reference(model: MSA2Net) -> Callable[[NDArray[np.float32]], NDArray[np.floa
 
 
 def compare(
-    cases: Sequence[Case], expected: Sequence[Result], found: Sequence[Result], classes: Sequence[str]
+    cases: Sequence[Case],
+    expected: Sequence[Result],
+    found: Iterable[Result],
+    classes: Sequence[ClassInfo],
+    precision: str,
+    report: Path | None = None,
+    artifact: str = "",
 ) -> dict[str, Any]:
-    """The manifest's parity entry: largest logit difference, equal pixels, Dice per class against the reference."""
-    differences = [float(np.abs(a.logits - b.logits).max()) for a, b in zip(expected, found, strict=True)]
-    agreements = [pixel_agreement(a.mask, b.mask) for a, b in zip(expected, found, strict=True)]
-    worst = min(range(len(cases)), key=lambda i: (agreements[i], -differences[i]))
-    return {
-        "images": len(cases),
-        "logit_difference": max(differences),
-        "largest_logit": max(float(np.abs(result.logits).max()) for result in expected),
-        "pixel_agreement": float(np.mean(agreements)),
-        "dice": {
-            name: float(np.mean([dice(b.mask, a.mask, label) for a, b in zip(expected, found, strict=True)]))
-            for label, name in enumerate(classes)
-        },
-        "worst": {"image": cases[worst].name, "pixel_agreement": agreements[worst]},
-    }
+    """The manifest's parity entry of an artifact: figures, `verdict` and `reasons`, see `runtimes.measure.judge`.
 
-
-def require(artifact: str, figures: dict[str, Any]) -> None:
-    """Raises ExportError with the figures if an fp32 artifact is further from the reference than rounding explains."""
-    limit = LOGIT_LIMIT * max(1.0, figures["largest_logit"])
+    An fp32 artifact that is further from the reference than rounding explains has failed, whatever its Dice.
+    report   folder for `<artifact>.json`, the figures of every image, and `<artifact>.png`, the worst image
+    """
+    differences: list[float] = []
+    images: list[ImageParity] = []
+    masks: list[NDArray[np.uint8]] = []
+    for case, want, got in zip(cases, expected, found, strict=True):
+        differences.append(float(np.abs(want.logits - got.logits).max()))
+        images.append(image_parity(case.name, want.mask, got.mask, len(classes), case.truth, case.case or None))
+        masks.append(got.mask)
+    figures = judge(images, [info.name for info in classes])
+    largest = max(float(np.abs(result.logits).max()) for result in expected)
+    figures = {"logit_difference": float(np.max(differences)), "largest_logit": largest} | figures
+    limit = logit_limit(largest)
     # Asked this way round, NaN does not pass.
-    if not (figures["logit_difference"] <= limit and figures["pixel_agreement"] >= PIXEL_LIMIT):
-        raise ExportError(
-            f"parity of {artifact}",
+    close = figures["logit_difference"] <= limit and figures["pixel_agreement"] >= PIXEL_LIMIT
+    if precision == "fp32" and not close:
+        figures["verdict"] = "failed"
+        figures["reasons"].insert(
+            0,
             f"largest logit difference {figures['logit_difference']:.2e}, equal pixels "
-            f"{figures['pixel_agreement']:.4%} (worst: {figures['worst']['image']})",
-            f"expected at most {limit:.2e} and at least {PIXEL_LIMIT:.2%} over {figures['images']} images",
-            "Nothing was written.",
+            f"{figures['pixel_agreement']:.4%}: fp32 needs {limit:.2e} and {PIXEL_LIMIT:.2%}",
         )
+    if report is not None:
+        worst = next(i for i, image in enumerate(images) if image.name == figures["worst"]["image"])
+        stem = report / artifact.replace(" ", "-")
+        try:
+            _write_report(stem, figures, images, cases[worst], expected[worst], masks[worst], classes)
+        except OSError as error:
+            raise ExportError(
+                report, f"cannot be written ({error.strerror})", "expected a folder", "Name another --report."
+            ) from error
+    return figures
+
+
+def logit_limit(largest_logit: float) -> float:
+    """What rounding may change of a logit in fp32, given the largest."""
+    return LOGIT_LIMIT * max(1.0, largest_logit)
+
+
+def require(artifact: str, figures: dict[str, Any], precision: str) -> None:
+    """Raises ExportError with the figures unless the artifact has passed.
+
+    In fp32 images that allow no judgement by Dice do not matter: the logits have been compared.
+    """
+    if figures["verdict"] in ("high", "standard") or (figures["verdict"] == "unjudged" and precision == "fp32"):
+        return
+    raise ExportError(
+        f"parity of {artifact}",
+        "; ".join([*figures["reasons"], *filter(None, [figures["reason"]])]),
+        f"expected the verdict 'standard' over {figures['images']} images (worst: {figures['worst']['image']})",
+        "Nothing was written. --report DIR draws the worst image, --allow-accuracy-loss writes it all the same.",
+    )
+
+
+def _write_report(
+    stem: Path,
+    figures: dict[str, Any],
+    images: Sequence[ImageParity],
+    case: Case,
+    expected: Result,
+    mask: NDArray[np.uint8],
+    classes: Sequence[ClassInfo],
+) -> None:
+    from PIL import Image
+
+    from msa2net.runtimes.overlay import draw, side_by_side, to_rgb
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    every = [asdict(image) for image in images]
+    stem.with_suffix(".json").write_text(json.dumps(figures | {"each": every}, indent=1) + "\n", encoding="utf-8")
+    pictures = {
+        case.name: Image.fromarray(to_rgb(case.frame, case.bits)),
+        "fp32 reference": draw(case.frame, expected.mask, classes, case.bits),
+        f"{stem.name} ({figures['worst']['pixel_agreement']:.2%} equal)": draw(case.frame, mask, classes, case.bits),
+    }
+    if case.truth is not None:
+        pictures["truth"] = draw(case.frame, case.truth, classes, case.bits)
+    side_by_side(pictures).save(stem.with_suffix(".png"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -12,16 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from msa2net.core.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint, used_state
 from msa2net.core.config import IMAGE_SIZE, variant_name
+from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
 from msa2net.runtimes.backends import backend_class
-from msa2net.runtimes.bundle import ENLARGE_RULES, FITS, MANIFEST, SCHEMA_VERSION, Manifest, digest_of, parse_manifest
+from msa2net.runtimes.bundle import (
+    ENLARGE_RULES,
+    FITS,
+    MANIFEST,
+    RESIZE_RULES,
+    SCHEMA_VERSION,
+    Manifest,
+    digest_of,
+    parse_manifest,
+)
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -55,7 +66,10 @@ def export_bundle(
     enlarge: str = "nearest",
     name: str | None = None,
     model_version: str | None = None,
-    images: str | Path | None = None,
+    data: str | None = None,
+    report: str | Path | None = None,
+    allow_accuracy_loss: bool = False,
+    resize: str | None = None,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -66,11 +80,15 @@ def export_bundle(
     channels    3, or 1 for a network that is fed grey frames
     fit         "stretch", or "letterbox" to keep the frame's aspect
     enlarge     "nearest", or "bilinear" to enlarge probabilities instead of the mask
-    images      folder of images for the parity check; phantoms if None. None of them goes into the bundle.
+    resize      "bilinear", "spline" (the released pipeline's), or None: what the metadata says, else "bilinear"
+    data        images for the accuracy check as "KIND:PATH", see `msa2net.core.data`; if they have labels, Dice is
+                against these, else against the fp32 mask. Phantoms, without labels, if None. None goes into the bundle.
+    report      folder for every image's figures and the worst image of each artifact, drawn; written on refusal, too
+    allow_accuracy_loss   write artifacts that fail the check; they say so wherever they are used
     force       replace an existing bundle
 
     Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
-    figures), and RuntimeUnavailableError for a runtime that is not installed: then nothing is written.
+    figures), and RuntimeUnavailableError for a runtime that is not installed, and DataError: then nothing is written.
     """
     output = Path(output)
     check_target(output.absolute(), force)
@@ -81,6 +99,7 @@ def export_bundle(
     for option, value, choices in (
         ("channels", channels, (1, 3)),
         ("fit", fit, FITS),
+        ("resize", resize, (*RESIZE_RULES, None)),
         ("enlarge", enlarge, ENLARGE_RULES),
     ):
         if value not in choices:
@@ -90,6 +109,14 @@ def export_bundle(
     read = read_checkpoint(checkpoint)
     model = load_model(read)
     said = read.metadata
+    resize = resize or said.get("resize", "bilinear")
+    if resize not in RESIZE_RULES:
+        raise CheckpointError(
+            read.path,
+            f"its metadata 'resize' is {resize[:40]!r}",
+            f"expected one of {', '.join(RESIZE_RULES)}",
+            "Give --resize.",
+        )
     names = [each.strip() for each in classes or _said(read, "classes", []) or _class_names(model.config.num_classes)]
     if len(names) != model.config.num_classes or len(set(names)) != len(names):
         raise ExportError(
@@ -101,7 +128,7 @@ def export_bundle(
         "channels": channels,
         "mean": _per_channel("mean", mean or _said(read, "mean", [0.5]), channels),
         "std": _positive(_per_channel("std", std or _said(read, "std", [0.5]), channels)),
-        "resize": "bilinear",
+        "resize": resize,
         "fit": fit,
     }
     document: dict[str, Any] = {
@@ -121,11 +148,11 @@ def export_bundle(
         "artifacts": [],
         "golden": [],
     }
-    cases = parity.folder_cases(Path(images)) if images else parity.phantom_cases(grey=channels == 1)
+    cases = parity.data_cases(open_for(names, data), len(names)) if data else parity.phantom_cases(grey=channels == 1)
     with (
         _one_thread(),
         new_bundle(output, force=force) as folder,
-        tqdm(total=2 * len(runtimes) + 2, unit="step", disable=not progress, desc="export") as bar,
+        tqdm(total=len(runtimes) + (len(runtimes) + 1) * len(cases), disable=not progress, desc="export") as bar,
     ):
         try:
             versions = _write_models(model, channels, runtimes, folder, bar)
@@ -141,25 +168,35 @@ def export_bundle(
         ]
         manifest = parse_manifest(json.dumps(document).encode())
 
+        def run(infer: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Iterator[parity.Result]:
+            for case in cases:
+                yield parity.run_case(case, manifest, infer)
+                bar.update()
+
         bar.set_postfix_str("reference")
         infer = parity.reference(model)
-        expected = [parity.run_case(case, manifest, infer) for case in cases]
+        expected = list(run(infer))
         largest = _write_golden(folder, manifest, golden, [parity.run_case(case, manifest, infer) for case in golden])
-        bar.update()
-
         for artifact, entry in zip(manifest.artifacts, document["artifacts"], strict=True):
             bar.set_postfix_str(f"parity {artifact.runtime}")
             files = tuple(str(folder / file.path) for file in artifact.files)
             backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, 1)
-            found = [parity.run_case(case, manifest, backend.infer) for case in cases]
+            figures = parity.compare(
+                cases,
+                expected,
+                run(backend.infer),
+                manifest.classes,
+                artifact.precision,
+                Path(report) if report else None,
+                artifact.name,
+            )
             backend.close()
-            entry["parity"] = parity.compare(cases, expected, found, names)
-            parity.require(artifact.name, entry["parity"])
-            entry["tolerance"] = {"logit": parity.LOGIT_LIMIT * max(1.0, largest), "pixels": parity.PIXEL_LIMIT}
-            bar.update()
+            if not allow_accuracy_loss:
+                parity.require(artifact.name, figures, artifact.precision)
+            entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | figures
+            entry["tolerance"] = {"logit": parity.logit_limit(largest), "pixels": parity.PIXEL_LIMIT}
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         bar.set_postfix_str("writing")
-        bar.update()
     return output
 
 
@@ -251,7 +288,7 @@ def _entry(folder: Path, runtime: str, versions: dict[str, str]) -> dict[str, An
         "files": files,
         "versions": versions,
         "tolerance": {"logit": 0.0, "pixels": 1.0},
-        "parity": {},
+        "parity": {"verdict": "unjudged", "reasons": []},  # until it is judged
     }
 
 

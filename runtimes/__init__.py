@@ -1,6 +1,7 @@
 """What runs on the device: numpy, Pillow and one runtime. Importing this imports no runtime."""
 
 from msa2net.runtimes.predictor import (
+    AccuracyLossWarning,
     Availability,
     DemoModelWarning,
     Execution,
@@ -10,4 +11,13 @@ from msa2net.runtimes.predictor import (
     Timings,
 )
 
-__all__ = ["Availability", "DemoModelWarning", "Execution", "Predictor", "Segmentation", "SelfTest", "Timings"]
+__all__ = [
+    "AccuracyLossWarning",
+    "Availability",
+    "DemoModelWarning",
+    "Execution",
+    "Predictor",
+    "Segmentation",
+    "SelfTest",
+    "Timings",
+]

@@ -22,12 +22,13 @@ from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
 
-SCHEMA_VERSION = (1, 0)
+SCHEMA_VERSION = (2, 0)
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-RESIZE_RULES = ("bilinear",)
+RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "bilinear")
+VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
 _SUMS_LINE = re.compile(f"([0-9a-f]{{64}})  ([^{_CONTROL}\\\\]+)")
@@ -74,13 +75,20 @@ class Tolerance:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A model for one runtime in one precision. `files[0]` is the file that the runtime opens."""
+    """A model for one runtime in one precision. `files[0]` is the file that the runtime opens.
+
+    accuracy     the verdict of its check against fp32 at export, one of `VERDICTS`
+    shortfalls   what keeps it from a better one, with figures
+    parity       the whole evidence, for people
+    """
 
     runtime: str
     precision: str
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
     tolerance: Tolerance
+    accuracy: str
+    shortfalls: tuple[str, ...]
     parity: dict[str, Any]
 
     @property
@@ -263,7 +271,7 @@ def _schema_version(node: _Node) -> tuple[int, int]:
 
 
 def _artifact(node: _Node) -> Artifact:
-    tolerance, versions = node.get("tolerance"), node.get("versions")
+    tolerance, versions, parity = node.get("tolerance"), node.get("versions"), node.get("parity")
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
@@ -277,7 +285,9 @@ def _artifact(node: _Node) -> Artifact:
         ),
         versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
-        parity=node.get("parity").object(),
+        accuracy=parity.get("verdict").text(*VERDICTS),
+        shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
+        parity=parity.object(),
     )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from msa2net.runtimes.bundle import ClassInfo
 from msa2net.runtimes.preprocess import check_frame
 
+_PANEL, _CAPTION = 320, 18  # the height of a picture in a row of them, and of the caption above it
 _FILL = 0.25  # share of the class's colour inside its region; its outline is opaque
 
 
@@ -49,3 +50,18 @@ def draw(
         picture[region] = (1 - _FILL) * picture[region] + _FILL * color
         picture[outline(region, width)] = color
     return Image.fromarray(np.rint(picture).astype(np.uint8))
+
+
+def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """The pictures in a row, at one height, each under its name."""
+    scaled = {
+        name: picture.resize((max(1, round(picture.width * _PANEL / picture.height)), _PANEL))
+        for name, picture in pictures.items()
+    }
+    sheet = Image.new("RGB", (sum(picture.width for picture in scaled.values()), _PANEL + _CAPTION), "white")
+    left = 0
+    for name, picture in scaled.items():
+        ImageDraw.Draw(sheet).text((left + 4, 3), name, fill="black")
+        sheet.paste(picture, (left, _CAPTION))
+        left += picture.width
+    return sheet

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import OutputError
-from msa2net.runtimes.preprocess import Placement, resize
+from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.preprocess import Placement, place, resize
 
 
 def check_logits(logits: NDArray[np.float32], classes: int, height: int, width: int) -> NDArray[np.float32]:
@@ -61,6 +62,18 @@ def to_mask(
     if small.shape == size:
         return small
     return small[nearest_index(small.shape[0], size[0])[:, None], nearest_index(small.shape[1], size[1])]
+
+
+def finish(
+    raw: NDArray[np.float32], manifest: Manifest, rows: int, columns: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], Placement]:
+    """What a runtime returned for a frame of rows x columns -> logits (K, h, w), mask (H, W), and where the frame was
+    placed. Raises OutputError as `check_logits` does.
+    """
+    contract = manifest.input
+    logits = check_logits(raw, len(manifest.classes), contract.height, contract.width)
+    placement = place(contract, rows, columns)
+    return logits, to_mask(logits, placement, (rows, columns), manifest.enlarge), placement
 
 
 def to_probabilities(

@@ -26,6 +26,10 @@ class DemoModelWarning(UserWarning):
     """The demo model is in use: trained on synthetic phantoms, not for clinical use."""
 
 
+class AccuracyLossWarning(UserWarning):
+    """An artifact is in use that failed its accuracy check at export, and was written all the same."""
+
+
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds of one `predict`."""
@@ -43,7 +47,8 @@ class Timings:
 class Execution:
     """What was asked for and what really ran, the latter read back from the runtime.
 
-    runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting.
+    runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting; accuracy is the
+    verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md).
     """
 
     runtime: str
@@ -54,6 +59,7 @@ class Execution:
     provider: str
     precision: str
     precision_asked: str
+    accuracy: str
     threads: int
     model: str
     model_version: str
@@ -96,10 +102,14 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether an artifact of a bundle can run here; `reason` says why not, or is empty."""
+    """Whether an artifact of a bundle can run here; `reason` says why not, or is empty.
+
+    accuracy   the verdict of its check at export: "high", "standard", "failed" or "unjudged"
+    """
 
     runtime: str
     precision: str
+    accuracy: str
     available: bool
     reason: str
 
@@ -153,7 +163,8 @@ class Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
         runtime     "onnxruntime", "openvino", "pytorch", or "auto": the first of these, in this order, that is
-                    installed and has an artifact in `precision`. One that is named never falls back to another.
+                    installed and has an artifact in `precision` that did not fail its accuracy check. One that is
+                    named never falls back to another; if it failed, there is an AccuracyLossWarning.
         precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`.
         device      "CPU"; with OpenVINO any device that it lists
         threads     for one inference; by default the cores that the process may use
@@ -179,6 +190,12 @@ class Predictor:
             )
         bundle = Bundle(DEMO_BUNDLE if path is None else path)
         artifact = _choose(bundle, precision) if runtime == "auto" else bundle.artifact(runtime, precision)
+        if artifact.accuracy == "failed":
+            warnings.warn(
+                f"{artifact.name} failed its accuracy check at export: {'; '.join(artifact.shortfalls)}",
+                AccuracyLossWarning,
+                stacklevel=2,
+            )
         backend_type = backend_class(artifact.runtime)
         with bundle.open_artifact(artifact) as files:
             try:
@@ -201,6 +218,7 @@ class Predictor:
             provider=backend.facts.provider,
             precision=backend.facts.precision,
             precision_asked=precision,
+            accuracy=artifact.accuracy,
             threads=backend.facts.threads,
             model=bundle.manifest.model_name,
             model_version=bundle.manifest.model_version,
@@ -218,29 +236,44 @@ class Predictor:
         Raises FrameError for anything else (dtype, shape, NaN, out of range, no pixels, unreadable), and OutputError
         if the runtime returns values that are not finite. The same frame gives the same bits at every call.
         """
+        self._check_usable()
+        start = perf_counter_ns()
+        if not isinstance(frame, np.ndarray):
+            frame, bits = images.single(frame, bits)
+        pixels = preprocess.check_frame(frame, bits)
+        manifest = self.bundle.manifest
+        tensor = preprocess.to_tensor(pixels, manifest.input, bits)
+        prepared = perf_counter_ns()
+        raw = self._infer(tensor)
+        inferred = perf_counter_ns()
+        logits, mask, placement = postprocess.finish(raw, manifest, pixels.shape[0], pixels.shape[1])
+        done = perf_counter_ns()
+        timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
+        return Segmentation(mask, logits, placement, manifest.enlarge, manifest.classes, timings, self.execution)
+
+    def logits(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The network alone: (1, C, h, w) float32, resized and normalised by the caller -> (K, h, w) float32 logits.
+
+        For another pipeline's pixels, such as a published protocol's. Raises FrameError for another dtype or shape or
+        values not finite, and OutputError as `predict` does.
+        """
+        self._check_usable()
+        contract = self.bundle.manifest.input
+        shape = (1, contract.channels, contract.height, contract.width)
+        if tensor.dtype != np.float32 or tensor.shape != shape or not np.isfinite(tensor).all():
+            raise FrameError(
+                "tensor", f"got {tensor.dtype} {tensor.shape}", f"expected finite float32 {shape}", "Resize it first."
+            )
+        raw = self._infer(np.ascontiguousarray(tensor))
+        return postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
+
+    def _check_usable(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeUnavailableError(
                 "predictor", "was loaded before a fork", "expected the process that loaded it", "Load it in the child."
             )
         if self._closed:
             raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
-        start = perf_counter_ns()
-        if not isinstance(frame, np.ndarray):
-            frame, bits = images.single(frame, bits)
-        pixels = preprocess.check_frame(frame, bits)
-        contract = self.bundle.manifest.input
-        tensor = preprocess.to_tensor(pixels, contract, bits)
-        prepared = perf_counter_ns()
-        raw = self._infer(tensor)
-        inferred = perf_counter_ns()
-        logits = postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
-        size = (pixels.shape[0], pixels.shape[1])
-        placement = preprocess.place(contract, *size)
-        mask = postprocess.to_mask(logits, placement, size, self.bundle.manifest.enlarge)
-        done = perf_counter_ns()
-        timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
-        manifest = self.bundle.manifest
-        return Segmentation(mask, logits, placement, manifest.enlarge, manifest.classes, timings, self.execution)
 
     def _infer(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         try:
@@ -288,7 +321,15 @@ class Predictor:
                 error: Msa2NetError | None = why_not(artifact.runtime)
             except RuntimeUnavailableError as unknown:
                 error = unknown
-            found.append(Availability(artifact.runtime, artifact.precision, error is None, str(error) if error else ""))
+            found.append(
+                Availability(
+                    runtime=artifact.runtime,
+                    precision=artifact.precision,
+                    accuracy=artifact.accuracy,
+                    available=error is None,
+                    reason=str(error) if error else "",
+                )
+            )
         return found
 
     def close(self) -> None:
@@ -312,6 +353,10 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
             if error := why_not(runtime):
                 raise error
             artifact = bundle.artifact(runtime, precision)
+            if artifact.accuracy == "failed":
+                raise RuntimeUnavailableError(
+                    artifact.name, "failed its accuracy check at export", "", "Name the runtime to use it all the same."
+                )
         except RuntimeUnavailableError as error:
             reasons.append(str(error))
             log.info("auto: passed over %s: %s", runtime, error)

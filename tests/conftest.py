@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from msa2net.runtimes.bundle import MANIFEST, SUMS
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 
@@ -15,6 +18,25 @@ from msa2net.runtimes.predictor import DEMO_BUNDLE
 def bundle(tmp_path: Path) -> Path:
     """A copy of the demo bundle, free to be damaged."""
     return Path(shutil.copytree(DEMO_BUNDLE, tmp_path / "copy.bundle"))
+
+
+@pytest.fixture
+def judged(bundle: Path) -> Callable[..., Path]:
+    """`judged(verdict, reasons, *runtimes)`: the copy, whose artifacts for these runtimes now have this verdict."""
+
+    def change(verdict: str, reasons: list[str], *runtimes: str) -> Path:
+        document = json.loads((bundle / MANIFEST).read_bytes())
+        for artifact in document["artifacts"]:
+            if artifact["runtime"] in runtimes:
+                artifact["parity"].update(verdict=verdict, reasons=reasons)
+        content = json.dumps(document).encode()
+        (bundle / MANIFEST).write_bytes(content)
+        lines = (bundle / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
+        new = f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n"
+        (bundle / SUMS).write_text("".join(new if line[66:-1] == MANIFEST else line for line in lines), "utf-8")
+        return bundle
+
+    return change
 
 
 @pytest.fixture

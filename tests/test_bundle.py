@@ -19,7 +19,18 @@ from hypothesis import strategies as st
 
 import msa2net.runtimes.bundle as bundle_module
 from msa2net.errors import BundleError, RuntimeUnavailableError
-from msa2net.runtimes.bundle import MANIFEST, SCHEMA_VERSION, SUMS, Bundle, FileEntry, Manifest, parse_manifest
+from msa2net.runtimes import measure
+from msa2net.runtimes.bundle import (
+    MANIFEST,
+    RESIZE_RULES,
+    SCHEMA_VERSION,
+    SUMS,
+    VERDICTS,
+    Bundle,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 DOCUMENT = Path(bundle_module.__file__).with_name("BUNDLE.md").read_text(encoding="utf-8")
@@ -114,7 +125,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     manifest = parse_manifest(SAMPLE.encode())
-    assert manifest.schema_version == SCHEMA_VERSION == (1, 0)
+    assert manifest.schema_version == SCHEMA_VERSION == (2, 0)
     assert (manifest.model_name, manifest.model_version, manifest.model_variant) == ("lesion", "2.1", "tiny")
     assert manifest.notice == "Not a medical device. Validate before any clinical use."
     assert manifest.model_config["depths"] == [1, 1, 1, 1]
@@ -130,6 +141,7 @@ def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     assert first.versions["opset"] == "20"
     assert (first.tolerance.logit, first.tolerance.pixels) == (0.0003, 0.9999)
     assert first.parity["worst"]["image"] == "phantom ultrasound 2000013"
+    assert [(a.accuracy, a.shortfalls) for a in manifest.artifacts] == [("high", ())] * 3
     assert [g.mask for g in manifest.golden] == ["golden/0_mask.npy"]
 
 
@@ -146,6 +158,33 @@ def test_the_format_document_describes_every_field_of_its_sample() -> None:
         return set(value).union(*(fields(v) for k, v in value.items() if k not in free))
 
     assert fields(json.loads(SAMPLE)) - named == set()
+    assert {"verdict", "reasons"} <= named
+
+
+def test_the_format_document_names_every_verdict_and_resize_rule() -> None:
+    table = DOCUMENT.split("## 4.")[1].split("### Sample")[0]
+    rows = {row.split("|")[1].strip(): row.split("|")[2] for row in table.splitlines() if row.startswith("| `")}
+    assert set(re.findall(r"`\"([a-z]+)\"`", rows["`artifacts[].parity.verdict`"])) == set(VERDICTS)
+    assert set(re.findall(r"`\"([a-z]+)\"`", rows["`input.resize`"])) == set(RESIZE_RULES)
+
+
+def test_the_format_document_names_every_figure_that_an_export_records() -> None:
+    named = set(re.findall(r"`([a-z_0-9]+)`", DOCUMENT.split("What else `parity` holds today")[1].split("###")[0]))
+    recorded = {key for artifact in Bundle(DEMO_BUNDLE).manifest.artifacts for key in artifact.parity}
+    assert recorded - {"verdict", "reasons"} <= named
+    assert len(recorded) > 15
+
+
+def test_the_format_document_has_the_thresholds_that_are_judged_by() -> None:
+    verdicts = DOCUMENT.split("**The verdict.**")[1].split("**The files of an artifact.**")[0]
+    numbers = set(re.findall(r"[0-9]+(?:\.[0-9]+)?", verdicts))
+    levels = {str(figure) for level in measure.LEVELS.values() for figure in level}
+    counts = {measure.LESION_PIXELS, measure.FALSE_PIXELS, measure.CLEAN_PER_ALARM, measure.LEAST_CASES}
+    assert numbers >= levels | {str(count) for count in counts} | {str(measure.LEAST_DICE)}
+
+
+def test_the_version_that_had_no_verdict_is_named() -> None:
+    assert "1.0 had no `verdict`" in DOCUMENT
 
 
 def test_the_format_document_names_the_version_that_this_reader_reads() -> None:
@@ -497,6 +536,7 @@ REQUIRED: list[tuple[str | int, ...]] = [
     ("output", "enlarge"),
     ("artifacts",),
     *(("artifacts", 2, key) for key in ("runtime", "precision", "files", "versions", "tolerance", "parity")),
+    *(("artifacts", 1, "parity", key) for key in ("verdict", "reasons")),
     *(("artifacts", 0, "files", 1, key) for key in ("path", "bytes", "sha256")),
     *(("artifacts", 1, "tolerance", key) for key in ("logit", "pixels")),
     ("golden",),
@@ -513,6 +553,7 @@ def test_a_missing_field_is_named_with_its_place(root: Path, keys: tuple[str | i
 
 NUMBER_1E6 = "expected a number from -1e+06 to 1e+06"
 COLOR = "expected a whole number from 0 to 255"
+VERDICT = "expected 'high' or 'standard' or 'failed' or 'unjudged'"
 WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("schema_version",), 1.0, "got 1.0", "expected a string"),
     (("schema_version",), "1", 'got "1"', "expected MAJOR.MINOR"),
@@ -544,7 +585,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("input", "mean", 1), 10**400, f"got 1{'0' * 36}...", NUMBER_1E6),
     (("input", "mean", 1), False, "got false", NUMBER_1E6),
     (("input", "std", 0), 0, "got 0", "expected a number from 1e-06 to 1e+06"),
-    (("input", "resize"), "cubic", 'got "cubic"', "expected 'bilinear'"),
+    (("input", "resize"), "cubic", 'got "cubic"', "expected 'bilinear' or 'spline'"),
     (("input", "fit"), "crop", 'got "crop"', "expected 'stretch' or 'letterbox'"),
     (("output", "enlarge"), "", 'got ""', "expected 'nearest' or 'bilinear'"),
     (("artifacts",), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
@@ -561,6 +602,12 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("artifacts", 0, "tolerance", "logit"), 10**400, f"got 1{'0' * 36}...", "expected a number from 0 to 1e+06"),
     (("artifacts", 0, "tolerance", "pixels"), 1.1, "got 1.1", "expected a number from 0 to 1"),
     (("artifacts", 0, "parity"), None, "got null", "expected an object"),
+    (("artifacts", 0, "parity", "verdict"), "good", 'got "good"', VERDICT),
+    (("artifacts", 0, "parity", "verdict"), "High", 'got "High"', VERDICT),
+    (("artifacts", 0, "parity", "verdict"), None, "got null", VERDICT),
+    (("artifacts", 0, "parity", "verdict"), ["high"], "got a list of 1", VERDICT),
+    (("artifacts", 0, "parity", "reasons"), "none", 'got "none"', "expected a list of 0 to 1000000 entries"),
+    (("artifacts", 0, "parity", "reasons"), {}, "got an object", "expected a list of 0 to 1000000 entries"),
     (("golden",), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
     (("golden", 0, "mask"), ["a"], "got a list of 1", "expected a string"),
 ]
@@ -577,6 +624,20 @@ def test_a_wrong_value_is_named_with_its_place(
 
     edit(root, change)
     assert parts(refused(root)) == (f"{MANIFEST} {json_path(keys)}", found, expected, EXPORT)
+
+
+@pytest.mark.parametrize(
+    ("reason", "found", "expected"),
+    [
+        (3, "got 3", "expected a string"),
+        (["nested"], "got a list of 1", "expected a string"),
+        ("a\nb", r'got "a\nb"', "expected a string without control characters"),
+    ],
+    ids=["number", "list", "two lines"],
+)
+def test_a_reason_that_is_no_line_of_text_is_refused(root: Path, reason: Any, found: str, expected: str) -> None:
+    edit(root, lambda d: d["artifacts"][1]["parity"].update(reasons=["a good one", reason]))
+    assert parts(refused(root)) == (f"{MANIFEST} $.artifacts[1].parity.reasons[1]", found, expected, EXPORT)
 
 
 def test_a_version_name_with_control_characters_is_refused_in_one_line(root: Path) -> None:
@@ -626,23 +687,53 @@ def test_json_that_is_no_object_is_refused(root: Path, content: bytes, found: st
     assert parts(refused(root)) == (f"{MANIFEST} $", found, "expected an object", EXPORT)
 
 
-@pytest.mark.parametrize("version", ["0.9", "2.0", "10.0"])
+@pytest.mark.parametrize("version", ["0.9", "1.0", "3.0", "10.0"])
 def test_another_major_version_is_refused_before_any_other_field_is_read(root: Path, version: str) -> None:
     set_manifest(root, json.dumps({"schema_version": version, "model": 7}).encode())
     assert parts(refused(root)) == (
         f"{MANIFEST} $.schema_version",
         f"got version {version}",
-        "expected 1.x",
+        "expected 2.x",
         "Install the msa2net-edge that wrote the bundle, or export again with this one.",
     )
 
 
 def test_a_newer_minor_version_is_read_with_a_warning(root: Path) -> None:
-    edit(root, lambda d: d.update(schema_version="1.7", future={"a": 1}))
-    with pytest.warns(UserWarning, match=r"^the bundle's schema 1\.7 is newer than this package's: what is new in it"):
+    edit(root, lambda d: d.update(schema_version="2.7", future={"a": 1}))
+    with pytest.warns(UserWarning, match=r"^the bundle's schema 2\.7 is newer than this package's: what is new in it"):
         opened = Bundle(root)
-    assert opened.manifest.schema_version == (1, 7)
+    assert opened.manifest.schema_version == (2, 7)
     assert opened.manifest.model_name == "lesion"
+
+
+def test_a_bundle_without_verdicts_is_refused_by_its_version(root: Path) -> None:
+    """What version 1.0 wrote: its fields are whole, the verdicts apart, and none of them is looked at."""
+
+    def change(document: dict[str, Any]) -> None:
+        document["schema_version"] = "1.0"
+        for artifact in document["artifacts"]:
+            artifact["parity"] = {}
+
+    edit(root, change)
+    assert str(refused(root)) == (
+        "manifest.json $.schema_version: got version 1.0, expected 2.x. "
+        "Install the msa2net-edge that wrote the bundle, or export again with this one."
+    )
+
+
+@pytest.mark.parametrize("rule", RESIZE_RULES)
+def test_every_resize_rule_is_read(root: Path, rule: str) -> None:
+    edit(root, lambda d: d["input"].update(resize=rule))
+    assert Bundle(root).manifest.input.resize == rule
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_every_verdict_is_read_with_its_reasons(root: Path, verdict: str) -> None:
+    reasons = ["bound 0.98 of the reference's mean Dice, standard needs 0.99", "and another"]
+    edit(root, lambda d: d["artifacts"][2]["parity"].update(verdict=verdict, reasons=reasons, future=1))
+    artifact = Bundle(root).manifest.artifacts[2]
+    assert (artifact.accuracy, artifact.shortfalls) == (verdict, tuple(reasons))
+    assert artifact.parity["future"] == 1
 
 
 def test_unknown_fields_and_runtimes_are_passed_over(root: Path) -> None:
@@ -724,7 +815,7 @@ def test_any_bytes_as_a_manifest_are_read_or_refused(content: bytes) -> None:
 @given(JSON_VALUES)
 def test_any_json_as_a_manifest_is_read_or_refused(value: Any) -> None:
     assert parsed(json.dumps(value).encode()) is None
-    assert parsed(json.dumps({"schema_version": "1.0", **(value if isinstance(value, dict) else {})}).encode()) is None
+    assert parsed(json.dumps({"schema_version": "2.0", **(value if isinstance(value, dict) else {})}).encode()) is None
 
 
 def places(value: Any, keys: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -746,6 +837,8 @@ def test_any_value_in_any_place_of_a_manifest_is_read_or_refused(keys: tuple[str
     assert len(manifest.input.mean) == len(manifest.input.std) == manifest.input.channels
     assert all(0 <= a.tolerance.logit <= 1e6 and 0 <= a.tolerance.pixels <= 1 for a in manifest.artifacts)
     assert all(isinstance(v, str) for a in manifest.artifacts for v in a.versions.values())
+    assert all(a.accuracy in VERDICTS for a in manifest.artifacts)
+    assert all(isinstance(reason, str) for a in manifest.artifacts for reason in a.shortfalls)
 
 
 # The bytes that are hashed are the bytes that are loaded -----------------------------------------------------------

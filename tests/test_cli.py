@@ -103,6 +103,102 @@ def test_info_shows_what_can_run(run: Run, bundle: Path) -> None:
     assert all(f"{runtime:<12} fp32" in out for runtime in RUNTIMES)
 
 
+def test_info_shows_each_artifacts_accuracy(run: Run, judged: Callable[..., Path]) -> None:
+    bundle = judged("failed", ["bound 0.98 of the reference's mean Dice, standard needs 0.99"], "openvino")
+    code, out, err = run("info", bundle)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if " fp32 " in line]
+    assert [(row[0], row[4], row[5]) for row in rows] == [
+        ("onnxruntime", "high", "yes"),
+        ("openvino", "failed", "yes"),
+        ("pytorch", "high", "yes"),
+    ]
+
+
+def test_info_shows_the_resize_rule(run: Run, bundle: Path) -> None:
+    _, out, _ = run("info", bundle)
+    assert "input    3 x 224 x 224, bilinear, stretch" in out.splitlines()
+
+
+def test_predict_with_an_artifact_that_failed_warns_and_says_so(
+    run: Run, png: Path, judged: Callable[..., Path]
+) -> None:
+    bundle = judged("failed", ["first reason", "second reason"], "onnxruntime")
+    code, out, err = run("predict", png, "--bundle", bundle, "--runtime", "onnxruntime")
+    assert code == 0
+    assert ", fp32 (accuracy: failed), " in out.splitlines()[0]
+    assert err == ("warning: onnxruntime fp32 failed its accuracy check at export: first reason; second reason\n")
+    code, out, err = run("predict", png, "--bundle", bundle, "--json")
+    assert (code, err) == (0, "")
+    execution = json.loads(out)["execution"]
+    assert (execution["runtime"], execution["accuracy"]) == ("openvino", "high")
+
+
+def test_the_warning_is_shown_however_the_command_is_started(png: Path, judged: Callable[..., Path]) -> None:
+    bundle = judged("failed", ["first reason"], "onnxruntime")
+    command = ["predict", str(png), "--bundle", str(bundle), "--runtime", "onnxruntime"]
+    child = subprocess.run([sys.executable, "-m", "msa2net", *command], capture_output=True, text=True, cwd="/")
+    assert child.returncode == 0
+    assert child.stderr == "warning: onnxruntime fp32 failed its accuracy check at export: first reason\n"
+
+
+EXPORT_ARGUMENTS = ("export", "--checkpoint", "w.safetensors", "--output", "w.bundle")
+
+
+def exported_with(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> dict[str, object]:
+    """The options that the export gets, once it has run; it writes nothing and gives `bundle`."""
+    import msa2net.export.__main__ as command
+
+    found: dict[str, object] = {}
+
+    def export_bundle(checkpoint: Path, output: Path, **options: object) -> Path:
+        found.update(options, checkpoint=checkpoint, output=output)
+        return bundle
+
+    monkeypatch.setattr(command, "export_bundle", export_bundle)
+    return found
+
+
+def test_the_options_of_export_are_passed_on(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exported_with(monkeypatch, bundle)
+    data = ("--data", "folder:images", "--report", "report", "--allow-accuracy-loss", "--resize", "spline")
+    assert run(*EXPORT_ARGUMENTS, *data, "--runtimes", "pytorch")[0] == 0
+    assert (found["data"], found["report"], found["resize"]) == ("folder:images", Path("report"), "spline")
+    assert found["allow_accuracy_loss"] is True
+    assert found["runtimes"] == ("pytorch",)
+
+
+def test_export_asks_for_nothing_by_default(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = exported_with(monkeypatch, bundle)
+    assert run(*EXPORT_ARGUMENTS)[0] == 0
+    assert (found["data"], found["report"], found["resize"]) == (None, None, None)
+    assert (found["allow_accuracy_loss"], found["force"]) == (False, False)
+
+
+def test_export_prints_each_artifacts_verdict_and_reasons(
+    run: Run, judged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = judged("failed", ["first reason", "second reason"], "openvino")
+    exported_with(monkeypatch, bundle)
+    code, out, err = run(*EXPORT_ARGUMENTS)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith(f"{bundle}: bundle digest ")
+    assert [line.split()[0] for line in lines[1:]] == ["onnxruntime", "openvino", "first", "second", "pytorch"]
+    figures = "equal pixels 100.0000%, bound 1.0000 of fp32's Dice, largest logit difference "
+    for line, verdict in ((lines[1], "high"), (lines[2], "failed"), (lines[5], "high")):
+        assert f" MB  {verdict:<8} {figures}" in line
+        assert line.endswith(", 40 images")
+    assert [line.strip() for line in lines[3:5]] == ["first reason", "second reason"]
+
+
+def test_the_images_option_that_there_was_is_gone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*EXPORT_ARGUMENTS, "--images", "folder")
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --images folder" in capsys.readouterr().err
+
+
 def damage(bundle: Path) -> None:
     file = bundle / "onnx" / "model.onnx"
     content = bytearray(file.read_bytes())

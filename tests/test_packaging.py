@@ -22,7 +22,10 @@ ALLOWED = {
 EXCEPTIONS = {
     "runtimes/backends/pytorch.py": {"core"},  # inside its constructor
     "export/__main__.py": {"__main__"},  # `python -m msa2net.export` is the one command line
-    "core/train.py": {"runtimes"},  # scores with the same Dice as everything else
+    "core/train.py": {"runtimes"},  # scores and resizes as everything else does
+    **{
+        f"core/data/{name}.py": {"runtimes"} for name in ("dicom", "folder", "frames", "layout")
+    },  # read images as a device does
 }
 
 
@@ -69,6 +72,11 @@ def test_one_runtime_loads_no_other() -> None:
     )
     assert "onnxruntime" in loaded
     assert not loaded & {"torch", "onnx", "openvino", "scipy", "PIL", "pydicom", "safetensors"}
+
+
+@pytest.mark.parametrize("module", ["core.data", "core.phantoms", "benchmarks.accuracy", "benchmarks.metrics"])
+def test_scoring_a_bundle_needs_no_torch(module: str) -> None:
+    assert not loaded_by(f"import msa2net.{module}") & {"torch", "monai", "onnx", "onnxruntime", "openvino"}
 
 
 @pytest.fixture(scope="module")

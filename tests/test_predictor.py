@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import threading
+import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import msa2net.runtimes.backends as backends
 from msa2net import Predictor
 from msa2net.core.phantoms import phantom
 from msa2net.errors import BundleError, FrameError, OutputError, RuntimeUnavailableError
-from msa2net.runtimes import DemoModelWarning
+from msa2net.runtimes import AccuracyLossWarning, DemoModelWarning, preprocess
+from msa2net.runtimes.bundle import VERDICTS, Bundle
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.measure import pixel_agreement
 from msa2net.runtimes.predictor import DEMO_BUNDLE
@@ -154,6 +158,14 @@ def test_execution_says_what_was_asked_and_what_ran(predictors: dict[str, Predic
     assert execution.threads == backends.default_threads()
     assert execution.bundle_digest == predictors[runtime].bundle.digest
     assert execution.runtime_version[0].isdigit()
+    assert execution.accuracy == predictors[runtime].artifact.accuracy == "high"
+
+
+def test_execution_as_json_says_how_accurate_the_artifact_is(predictors: dict[str, Predictor]) -> None:
+    execution = predictors["onnxruntime"].execution
+    document = json.loads(json.dumps(execution.to_json()))
+    assert document["accuracy"] == "high"
+    assert document == {field.name: getattr(execution, field.name) for field in fields(execution)}
 
 
 def test_timings_are_there_and_positive(predictors: dict[str, Predictor]) -> None:
@@ -213,6 +225,153 @@ def test_a_refused_frame_does_not_harm_the_next(predictors: dict[str, Predictor]
         with pytest.raises(FrameError):
             predictors[runtime].predict(bad)
     assert np.array_equal(predictors[runtime].predict(FRAME).mask, before)
+
+
+# The network alone --------------------------------------------------------------------------------------------------
+
+
+def prepared(predictor: Predictor) -> np.ndarray:
+    return preprocess.to_tensor(FRAME, predictor.bundle.manifest.input)
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_the_logits_of_a_prepared_tensor_are_those_of_its_frame(predictors: dict[str, Predictor], runtime: str) -> None:
+    predictor = predictors[runtime]
+    found = predictor.logits(prepared(predictor))
+    assert found.dtype == np.float32
+    assert found.shape == (2, 224, 224)
+    assert np.array_equal(found, predictor.predict(FRAME).logits)
+
+
+@pytest.mark.parametrize("runtime", CPU_RUNTIMES)
+def test_a_tensor_of_another_memory_order_gives_the_same_logits(predictors: dict[str, Predictor], runtime: str) -> None:
+    predictor = predictors[runtime]
+    tensor = prepared(predictor)
+    expected = predictor.logits(tensor)
+    turned = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert not turned.flags.c_contiguous
+    assert np.array_equal(predictor.logits(turned), expected)
+    assert np.array_equal(turned, tensor)
+
+
+def broken(value: float) -> np.ndarray:
+    tensor = np.zeros((1, 3, 224, 224), np.float32)
+    tensor[0, 2, 223, 223] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (np.zeros((1, 3, 224, 224)), "got float64 (1, 3, 224, 224)"),
+        (np.zeros((1, 3, 224, 224), np.float16), "got float16 (1, 3, 224, 224)"),
+        (np.zeros((1, 3, 224, 224), np.uint8), "got uint8 (1, 3, 224, 224)"),
+        (np.zeros((3, 224, 224), np.float32), "got float32 (3, 224, 224)"),
+        (np.zeros((2, 3, 224, 224), np.float32), "got float32 (2, 3, 224, 224)"),
+        (np.zeros((1, 1, 224, 224), np.float32), "got float32 (1, 1, 224, 224)"),
+        (np.zeros((1, 3, 224, 225), np.float32), "got float32 (1, 3, 224, 225)"),
+        (np.zeros((1, 224, 224, 3), np.float32), "got float32 (1, 224, 224, 3)"),
+        (broken(np.nan), "got float32 (1, 3, 224, 224)"),
+        (broken(-np.inf), "got float32 (1, 3, 224, 224)"),
+    ],
+    ids=["float64", "float16", "uint8", "no batch", "two", "grey", "too wide", "channels last", "NaN", "infinity"],
+)
+def test_a_tensor_that_does_not_fit_is_refused(
+    predictors: dict[str, Predictor], tensor: np.ndarray, found: str
+) -> None:
+    with pytest.raises(FrameError) as caught:
+        predictors["onnxruntime"].logits(tensor)
+    assert str(caught.value) == f"tensor: {found}, expected finite float32 (1, 3, 224, 224). Resize it first."
+
+
+def test_a_closed_predictor_gives_no_logits() -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+        tensor = prepared(predictor)
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        predictor.logits(tensor)
+    assert str(caught.value) == "predictor: is closed, expected an open one. Load it again."
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (broken(0)[:, :2] + np.float32(np.nan), "logits: got NaN or infinity, expected finite values"),
+        (np.zeros((1, 3, 224, 224), np.float32), "logits: got float32 (1, 3, 224, 224), expected float32 (1, 2, 224"),
+    ],
+    ids=["NaN", "shape"],
+)
+def test_what_a_runtime_returns_is_checked_for_tensors_as_for_frames(raw: np.ndarray, text: str) -> None:
+    with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
+        tensor = prepared(predictor)
+        predictor._backend.infer = lambda _: raw  # type: ignore[method-assign]
+        for call in (lambda: predictor.logits(tensor), lambda: predictor.predict(FRAME)):
+            with pytest.raises(OutputError) as caught:
+                call()
+            assert str(caught.value).startswith(text)
+
+
+# What its accuracy check said ---------------------------------------------------------------------------------------
+
+Judged = Callable[..., Path]
+REASONS = ["largest logit difference 1.83e+00", "bound 0.9863 of the reference's mean Dice, standard needs 0.99"]
+
+
+def test_an_artifact_that_failed_is_loaded_by_name_with_a_warning_and_says_so(judged: Judged) -> None:
+    path = judged("failed", REASONS, "onnxruntime")
+    with pytest.warns(AccuracyLossWarning) as caught:
+        predictor = Predictor.load(path, runtime="onnxruntime")
+    assert [str(warning.message) for warning in caught] == [
+        "onnxruntime fp32 failed its accuracy check at export: largest logit difference 1.83e+00; "
+        "bound 0.9863 of the reference's mean Dice, standard needs 0.99"
+    ]
+    assert caught[0].filename == __file__
+    seg = predictor.predict(FRAME)
+    assert seg.execution.accuracy == seg.execution.to_json()["accuracy"] == "failed"
+
+
+@pytest.mark.parametrize("verdict", [verdict for verdict in VERDICTS if verdict != "failed"])
+def test_any_other_verdict_is_loaded_in_silence_and_by_auto(judged: Judged, verdict: str) -> None:
+    path = judged(verdict, REASONS, "onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor = Predictor.load(path)
+    assert (predictor.execution.runtime, predictor.execution.accuracy) == ("onnxruntime", verdict)
+
+
+def test_auto_passes_over_what_failed_and_says_so(judged: Judged, caplog: pytest.LogCaptureFixture) -> None:
+    path = judged("failed", REASONS, "onnxruntime")
+    with caplog.at_level("INFO", "msa2net"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predictor = Predictor.load(path)
+    assert (predictor.execution.runtime, predictor.execution.accuracy) == ("openvino", "high")
+    assert [record.getMessage() for record in caplog.records] == [
+        "auto: passed over onnxruntime: onnxruntime fp32: failed its accuracy check at export. "
+        "Name the runtime to use it all the same.",
+        "auto: picked openvino",
+    ]
+
+
+def test_auto_with_nothing_but_failures_names_each(judged: Judged, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = judged("failed", REASONS, "onnxruntime", "openvino")
+    hide(monkeypatch, "torch")
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        Predictor.load(path)
+    text = str(caught.value)
+    assert text.startswith("runtime 'auto': nothing can run here: ")
+    for runtime in ("onnxruntime", "openvino"):
+        assert f"{runtime} fp32: failed its accuracy check at export. Name the runtime to use it all" in text
+    assert "runtime 'pytorch': needs the package torch" in text
+
+
+def test_available_says_how_accurate_each_artifact_is(judged: Judged) -> None:
+    path = judged("failed", REASONS, "openvino")
+    judged("unjudged", [], "pytorch")
+    found = {entry.runtime: (entry.accuracy, entry.available) for entry in Predictor.available(path)}
+    assert found == {"onnxruntime": ("high", True), "openvino": ("failed", True), "pytorch": ("unjudged", True)}
+
+
+def test_the_demo_model_has_passed_on_every_runtime() -> None:
+    assert {artifact.accuracy for artifact in Bundle(DEMO_BUNDLE).manifest.artifacts} <= {"high", "standard"}
 
 
 # What is asked for by name ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from msa2net.runtimes.preprocess import (
     place,
     resize,
     resize_table,
+    spline_table,
     to_tensor,
 )
 
@@ -39,9 +40,16 @@ def contract(
     fit: str = "stretch",
     mean: float = 0.0,
     std: float = 1.0,
+    resize: str = "bilinear",
 ) -> InputContract:
     return InputContract(
-        height=height, width=width, channels=channels, mean=(mean,) * channels, std=(std,) * channels, fit=fit
+        height=height,
+        width=width,
+        channels=channels,
+        mean=(mean,) * channels,
+        std=(std,) * channels,
+        fit=fit,
+        resize=resize,
     )
 
 
@@ -155,6 +163,116 @@ def test_a_long_thin_frame_is_resized_whole() -> None:
     expected = np.asarray(Image.fromarray(ramp).resize((8, 2), Image.Resampling.BILINEAR))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found[:, 1:-1], np.tile((np.arange(1, 7) + 0.5) / 8, (2, 1)), atol=1e-4)
+
+
+# The spline -------------------------------------------------------------------------------------------------------
+
+LENGTHS = [1, 2, 3, 4, 5, 7, 31, 97, 150, 223, 224, 225, 300, 480, 512, 513, 640]
+
+
+def zoomed(samples: NDArray[np.float64], target: int) -> tuple[NDArray[np.float64], slice]:
+    """`samples` by scipy's zoom, and which of its outputs count: at some lengths it takes the last to lie outside, and
+    gives 0 for it (512 to 224).
+    """
+    from scipy.ndimage import zoom
+
+    found = zoom(samples, target / len(samples), order=3)
+    assert found.shape == (target,)
+    return found, slice(0, target - 1 if found[-1] == 0 else target)
+
+
+@pytest.mark.parametrize("target", [1, 2, 3, 7, 97, 224, 225, 512])
+@pytest.mark.parametrize("source", LENGTHS)
+def test_the_spline_is_scipys_zoom(source: int, target: int) -> None:
+    samples = np.random.default_rng(source).uniform(0.1, 1, source)
+    expected, counted = zoomed(samples, target)
+    found = spline_table(source, target).astype(np.float64) @ samples
+    np.testing.assert_allclose(found[counted], expected[counted], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("source", "lost"), [(512, True), (480, True), (300, False), (256, False)])
+def test_the_end_that_scipy_loses_is_kept(source: int, lost: bool) -> None:
+    samples = np.linspace(0.2, 0.9, source)
+    expected, counted = zoomed(samples, 224)
+    assert (counted.stop == 223) == lost
+    assert expected[-1] == (0 if lost else pytest.approx(0.9, abs=1e-6))
+    assert (spline_table(source, 224) @ samples)[-1] == pytest.approx(0.9, abs=1e-6)
+
+
+def test_an_image_by_the_spline_is_scipys_zoom() -> None:
+    from scipy.ndimage import zoom
+
+    image = np.random.default_rng(3).random((150, 97, 3))
+    expected = np.stack([zoom(image[..., c], (224 / 150, 224 / 97), order=3) for c in range(3)])
+    found = resize(image, "spline", 224, 224)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=3e-6, rtol=0)
+
+
+@MANY
+@given(SIDES, SIDES, st.integers(0, 99))
+@example(1, 1, 0)
+@example(1, 224, 0)
+@example(224, 1, 0)
+@example(2, 224, 0)
+@example(512, 224, 0)
+@example(480, 224, 0)
+def test_a_spline_keeps_constants_and_ends_and_has_no_direction(source: int, target: int, seed: int) -> None:
+    table = spline_table(source, target)
+    assert table.shape == (target, source)
+    assert table.dtype == np.float32
+    assert np.isfinite(table).all()
+    np.testing.assert_allclose(table.sum(1, dtype=np.float64), 1, atol=1e-6)
+    np.testing.assert_allclose(table @ np.full(source, 0.7), 0.7, atol=1e-6)
+    samples = np.random.default_rng(seed).random(source)
+    found = table @ samples
+    assert found[0] == pytest.approx(samples[0], abs=2e-6)
+    if target > 1:
+        assert found[-1] == pytest.approx(samples[-1], abs=2e-6)
+        np.testing.assert_allclose(table, table[::-1, ::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "rows"),
+    [
+        pytest.param(1, 1, [[1]], id="one to one"),
+        pytest.param(1, 3, [[1], [1], [1]], id="one sample"),
+        pytest.param(5, 1, [[1, 0, 0, 0, 0]], id="to one sample"),
+        pytest.param(3, 2, [[1, 0, 0], [0, 0, 1]], id="only the ends"),
+        pytest.param(5, 3, [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1]], id="every second"),
+        # Mirrored, 0 and 1 have the coefficients -1 and 2: at 1/3 the spline is 7/27, no straight line.
+        pytest.param(2, 4, [[1, 0], [20 / 27, 7 / 27], [7 / 27, 20 / 27], [0, 1]], id="two samples"),
+    ],
+)
+def test_a_spline_table_holds_these_weights(source: int, target: int, rows: list[list[float]]) -> None:
+    np.testing.assert_allclose(spline_table(source, target), rows, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 224])
+def test_the_spline_of_equal_sizes_is_the_identity(size: int) -> None:
+    np.testing.assert_allclose(spline_table(size, size), np.eye(size), atol=1e-6)
+
+
+def test_a_spline_overshoots_and_is_not_clipped() -> None:
+    frame = np.zeros((8, 8), np.uint8)
+    frame[:, 4:] = 255
+    tensor = to_tensor(frame, contract(40, 40, resize="spline"))
+    assert tensor.min() < -0.05
+    assert tensor.max() > 1.05
+    assert to_tensor(frame, contract(40, 40)).min() == 0
+
+
+def test_the_contracts_rule_is_the_one_that_resizes() -> None:
+    frame = noise((30, 50))
+    for rule in ("bilinear", "spline"):
+        expected = resize(frame[..., None], rule, 4, 6)[0] / 255
+        np.testing.assert_allclose(to_tensor(frame, contract(channels=1, resize=rule))[0, 0], expected, atol=1e-6)
+    assert np.abs(resize(frame[..., None], "spline", 4, 6) - resize(frame[..., None], "bilinear", 4, 6)).max() > 10
+
+
+def test_both_rules_have_tables_of_their_own() -> None:
+    assert np.array_equal(resize_table("spline", 9, 4), spline_table(9, 4))
+    assert np.array_equal(resize_table("bilinear", 9, 4), bilinear_table(9, 4))
 
 
 # Tensors ----------------------------------------------------------------------------------------------------------
