@@ -17,7 +17,7 @@ import numpy as np
 from msa2net.errors import FrameError, Msa2NetError
 from msa2net.runtimes import AccuracyLossWarning, DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.backends import RUNTIMES
-from msa2net.runtimes.bundle import PRECISIONS, RESIZE_RULES, Bundle
+from msa2net.runtimes.bundle import ENLARGE_RULES, PRECISIONS, RESIZE_RULES, Bundle
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--channels", type=int, choices=(1, 3), default=3)
     command.add_argument("--resize", choices=RESIZE_RULES, help="default: the checkpoint's, or bilinear")
     command.add_argument("--fit", choices=("stretch", "letterbox"), default="stretch")
-    command.add_argument("--enlarge", choices=("nearest", "bilinear"), default="nearest")
+    command.add_argument("--enlarge", choices=ENLARGE_RULES, help="default: aligned with spline, else nearest")
     command.set_defaults(run=export)
     return parser
 

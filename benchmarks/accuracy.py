@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from msa2net.benchmarks import machine
-from msa2net.benchmarks.metrics import Protocol, Scores, public_output, score
+from msa2net.benchmarks.metrics import Protocol, Scores, score
 from msa2net.core.data import Case, Dataset, Volume, open_for
 from msa2net.core.phantoms import otsu_largest_component
 from msa2net.errors import DataError, Msa2NetError
@@ -37,7 +37,7 @@ from msa2net.runtimes.backends import default_threads
 from msa2net.runtimes.bundle import Bundle
 from msa2net.runtimes.measure import FALSE_PIXELS, ImageParity, dice, image_parity, judge
 from msa2net.runtimes.overlay import draw, side_by_side, to_rgb
-from msa2net.runtimes.postprocess import crop
+from msa2net.runtimes.postprocess import to_mask
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 from msa2net.runtimes.preprocess import check_frame, place, to_tensor
 
@@ -57,8 +57,7 @@ def segmenter(predictor: Predictor, protocol: Protocol) -> Segment:
     def segment(frame: NDArray[Any], bits: int | None) -> Mask:
         rows, columns = frame.shape[:2]
         logits = predictor.logits(to_tensor(check_frame(frame, bits), contract, bits))
-        small = crop(logits, place(contract, rows, columns)).argmax(0).astype(np.uint8)
-        return public_output(small, rows, columns)
+        return to_mask(logits, place(contract, rows, columns), (rows, columns), "aligned")
 
     return segment
 
@@ -92,7 +91,8 @@ def add_case(
         for label in range(1, len(classes))
     ]
     for label, scores in enumerate(found, 1):
-        tally.rows.append({"case": case.name, "group": case.group, "class": classes[label]} | asdict(scores))
+        known = {"case": case.name, "group": case.group, "class": classes[label], "unit": unit_of(volume, protocol)}
+        tally.rows.append(known | asdict(scores))
         predicted, true = masks == label, labels == label
         tp, p, t = int((predicted & true).sum()), int(predicted.sum()), int(true.sum())
         counts = np.array([tp, p - tp, t - tp, masks.size - p - t + tp], np.int64)
@@ -102,6 +102,22 @@ def add_case(
         if not truth.any():
             tally.free.append((case.group, int((mask > 0).sum()) > FALSE_PIXELS))
     tally.worst.append((mean([scores.dice for scores in found]), case.name, index))
+
+
+def unit_of(volume: Volume, protocol: Protocol) -> str:
+    """What distances in a case are measured in."""
+    return "px" if volume.spacing is None or protocol == "public" else "mm"
+
+
+def one_unit(tallies: Iterable[Tally]) -> str:
+    """The unit of all distances. Where some cases have millimetres, distances of the others are undefined."""
+    rows = [row for tally in tallies for row in tally.rows]
+    units = {row["unit"] for row in rows}
+    if len(units) > 1:
+        for row in rows:
+            if row["unit"] == "px":
+                row["hd95"] = row["nsd"] = math.nan
+    return "mm" if "mm" in units else "px"
 
 
 def mean(values: Iterable[float]) -> float:
@@ -128,7 +144,8 @@ def pooled(counts: NDArray[np.int64]) -> dict[str, float]:
 def summary(tally: Tally, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """A row for each group and class: means over cases, and the same figures over all pixels pooled.
 
-    With several classes one more for their mean, with several groups the same for all cases together.
+    With several classes one more for their mean, taken in each case first, then over cases, as MONAI and the public
+    code do; with several groups the same for all cases together.
     """
     groups = list(dict.fromkeys(row["group"] for row in tally.rows))
     rows = []
@@ -149,13 +166,20 @@ def summary(tally: Tally, classes: tuple[str, ...]) -> list[dict[str, Any]]:
                     "defined": sum(not math.isnan(row["dice"]) for row in of_class),
                     # A lesion that is missed as a whole has no HD95 under the standard protocol.
                     "missed": sum(row["dice"] == 0 for row in of_class),
-                    **{metric: mean(row[metric] for row in of_class) for metric in METRICS},
+                    **{metric: _case_mean(of_class, metric) for metric in METRICS},
                     "pooled": pooled(counts) if name is not None else None,
                     "free_frames": len(free),
                     "false_alarms": sum(free),
                 }
             )
     return rows
+
+
+def _case_mean(rows: list[dict[str, Any]], metric: str) -> float:
+    by_case: dict[str, list[float]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], []).append(row[metric])
+    return mean(mean(values) for values in by_case.values())
 
 
 def measure(
@@ -166,9 +190,13 @@ def measure(
     tolerance: float = 1.0,
     threads: int | None = None,
     otsu: bool = False,
-    pictures: Path | None = None,
+    output: Path | None = None,
+    data: str = "",
 ) -> dict[str, Any]:
     """Everything that the table, the CSV and the JSON show. Undefined figures are NaN.
+
+    output   folder for `accuracy.json`, `accuracy.csv` and the worst cases drawn
+    data     what the report calls the data, without a path; its kind if ""
 
     Raises DataError if a case has no labels, and RuntimeUnavailableError for a
     runtime that was named and cannot run.
@@ -200,15 +228,19 @@ def measure(
         for name, tally in tallies.items():
             add_case(tally, index, case, masks[name], volume, classes, protocol, tolerance)
             tally.parity += [
-                image_parity(f"{case.name} frame {i}", expected[i], masks[name][i], len(classes), truth, case.name)
+                image_parity(
+                    case.frame_name(i, len(volume.frames)), expected[i], masks[name][i], len(classes), truth, case.name
+                )
                 for i, truth in enumerate(volume.labels)
             ]
         seconds += time.perf_counter() - start
+    unit = one_unit(tallies.values())
     result = {
         "machine": machine.describe(threads or default_threads()),
         "model": manifest.model_name,
         "digest": reference.bundle.digest,
-        "data": dataset.kind,
+        "data": data or dataset.kind,
+        "unit": unit,
         "cases": len(dataset.cases),
         "frames": frames,
         "protocol": protocol,
@@ -227,8 +259,9 @@ def measure(
         ],
         "skipped": skipped,
     }
-    if pictures:
-        _draw_worst(pictures, dataset, tallies[reference.artifact.name], segments, predictors, reference)
+    if output:
+        write(result, output)
+        _draw_worst(output, dataset, tallies[reference.artifact.name], segments, predictors, reference)
     for predictor in predictors.values():
         predictor.close()
     return result
@@ -264,10 +297,11 @@ def _draw_worst(
     reference: Predictor,
 ) -> None:
     """The frames that the reference is worst at: frame, truth, and what every artifact makes of it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("worst_*.png"):
+        old.unlink()
     defined = sorted((each for each in tally.worst if not math.isnan(each[0])), key=lambda each: each[0])
     classes = reference.bundle.manifest.classes
-    for rank, (_, name, index) in enumerate(defined[:WORST], 1):
+    for rank, (_, _, index) in enumerate(defined[:WORST], 1):
         volume = dataset.cases[index].read()
         assert volume.labels is not None
         segment = segments[reference.artifact.name]
@@ -278,9 +312,7 @@ def _draw_worst(
         worst = int(np.argmax(wrong))
         frame, truth = volume.frames[worst], volume.labels[worst]
         shown = {
-            f"{name} frame {worst}" if len(wrong) > 1 else name: draw(
-                frame, np.zeros_like(truth), classes, volume.bits
-            ),
+            dataset.cases[index].frame_name(worst, len(wrong)): draw(frame, np.zeros_like(truth), classes, volume.bits),
             "truth": draw(frame, truth, classes, volume.bits),
         }
         for each in predictors:
@@ -296,7 +328,19 @@ def _draw_worst(
 def table(result: dict[str, Any]) -> str:
     """The figures as aligned text."""
     about = result["machine"]
-    heads = ["artifact", "group", "class", "cases", "Dice", "HD95", "NSD", "sens", "spec", "acc", "pooled Dice"]
+    heads = [
+        "artifact",
+        "group",
+        "class",
+        "cases",
+        "Dice",
+        f"HD95 {result['unit']}",
+        "NSD",
+        "sens",
+        "spec",
+        "acc",
+        "pooled Dice",
+    ]
     heads += ["missed", "alarms", "equal px", "bound", "verdict"]
     rows = []
     for each in result["artifacts"]:
@@ -320,7 +364,8 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(len(cells[i]) for cells in (heads, *rows)) for i in range(len(heads))]
     lines = [
         f"{about['processor']}, {about['threads']} threads, Python {about['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + (f", commit {about['commit']}" if about["commit"] else ""),
         f"{result['model']} ({result['digest'][:12]}), {result['data']}: {result['cases']} cases, {result['frames']} "
         f"frames, protocol {result['protocol']}; metrics {result['metrics_ms_per_frame']:.1f} ms a frame; "
         f"parity against {result['reference']}",
@@ -352,10 +397,17 @@ def write(result: dict[str, Any], folder: Path) -> None:
     text = json.dumps(_json_ready(result), indent=1, allow_nan=False)
     (folder / "accuracy.json").write_text(text + "\n", encoding="utf-8")
     with (folder / "accuracy.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["artifact", "case", "group", "class", *METRICS])
+        writer = csv.DictWriter(file, ["artifact", "case", "group", "class", "unit", *METRICS])
         writer.writeheader()
         for each in result["artifacts"]:
             writer.writerows({"artifact": each["artifact"]} | row for row in each["each"])
+
+
+def _named(spec: str, dataset: Dataset, split: str) -> str:
+    """The data for the report: a path can name a patient, numbers of phantoms cannot."""
+    if dataset.kind == "phantoms":
+        return spec
+    return f"{dataset.kind} {split}" if dataset.kind in ("synapse", "isic2018") else dataset.kind
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -376,6 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         classes = [info.name for info in Bundle(arguments.bundle).manifest.classes]
         dataset = open_for(classes, arguments.data, arguments.split)
+        if arguments.output:
+            arguments.output.mkdir(parents=True, exist_ok=True)  # before hours of scoring
         result = measure(
             arguments.bundle,
             dataset,
@@ -385,11 +439,13 @@ def main(argv: list[str] | None = None) -> int:
             arguments.threads,
             arguments.otsu,
             arguments.output,
+            _named(arguments.data, dataset, arguments.split),
         )
-        if arguments.output:
-            write(result, arguments.output)
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: --output: cannot be written ({error.strerror}). Name another folder.", file=sys.stderr)
         return 2
     print(table(result))
     return 0

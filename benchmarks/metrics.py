@@ -1,4 +1,4 @@
-"""Scores of one class of one case against the truth, and the public pipeline's way back to the frame. No torch.
+"""Scores of one class of one case against the truth. numpy and scipy only.
 
 Two protocols, never mixed in one table:
 
@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import zoom
 from scipy.spatial import KDTree
 
 from msa2net.errors import Msa2NetError
@@ -178,14 +177,3 @@ def _distances(surface: Bools, other: Bools, spacing: tuple[float, ...] | None) 
         tree = KDTree(np.argwhere(other) * scale, leafsize=32, balanced_tree=False)
         distances[: len(apart)] = tree.query(apart * scale)[0]
     return distances
-
-
-def public_output(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """Resizes (H, W) class indices to (height, width) by nearest neighbour, first pixel on first and last on last.
-
-    It is the public code's `zoom(mask, (height / H, width / W), order=0)`, but for a defect: at some lengths, not 224
-    to 512, the last coordinate is rounded to outside, where scipy's default border gives class 0. "mirror" folds it
-    back. The way in is the resize rule "spline" of `runtimes.preprocess`.
-    """
-    resized: NDArray[np.uint8] = zoom(mask, (height / mask.shape[0], width / mask.shape[1]), order=0, mode="mirror")
-    return resized

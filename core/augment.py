@@ -9,22 +9,20 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from monai.data import set_track_meta
 from monai.transforms import (
     Compose,
     MapTransform,
-    Rand2DElasticd,
     RandAffined,
     RandFlipd,
     RandGaussianNoised,
     RandGaussianSmoothd,
+    RandGridDistortiond,
     RandomizableTransform,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandZoomd,
     SomeOf,
 )
-
-set_track_meta(False)  # transforms are never undone here, and the bookkeeping costs more than they do
 
 AUGMENTATIONS = ("none", "light", "full")
 _BOTH, _IMAGE = ("image", "label"), ("image",)
@@ -44,10 +42,6 @@ class RandContrastd(RandomizableTransform, MapTransform):
         return dict(data) | {key: 0.5 + factor * (data[key] - 0.5) for key in self.key_iterator(dict(data))}
 
 
-def _affine(**ranges: Any) -> RandAffined:
-    return RandAffined(_BOTH, prob=1, mode=("bilinear", "nearest"), padding_mode="zeros", **ranges)
-
-
 def augmentation(name: str, size: int) -> Compose:
     """One of `AUGMENTATIONS` for frames of `size` rows and columns; reproducible through `set_random_state`.
 
@@ -65,32 +59,33 @@ def augmentation(name: str, size: int) -> Compose:
                 RandShiftIntensityd(_IMAGE, prob=1, offsets=0.075),
             ]
         )
+    return Compose([SomeOf(list(_public(size).values()), num_transforms=(0, 4))])
+
+
+def _public(size: int) -> dict[str, Any]:
+    """The public code's transforms. MONAI's affine ranges are of the map from output to input, which is symmetric for
+    all here but the scale.
+    """
     degrees = math.pi / 180
-    return Compose(
-        [
-            SomeOf(
-                [
-                    RandFlipd(_BOTH, prob=0.5, spatial_axis=0),
-                    RandFlipd(_BOTH, prob=0.5, spatial_axis=1),
-                    RandGaussianNoised(_IMAGE, prob=1, std=0.005, sample_std=False),
-                    RandGaussianSmoothd(_IMAGE, prob=1, sigma_x=(1, 1), sigma_y=(1, 1)),
-                    RandContrastd((0.5, 1.5)),
-                    # MONAI's ranges are of the map from output to input: a scale of 0.5 to 2 is one of 2 to 0.5.
-                    _affine(scale_range=((-0.5, 1.0), (-0.5, 1.0))),
-                    _affine(rotate_range=40 * degrees),
-                    _affine(shear_range=(math.tan(16 * degrees), math.tan(16 * degrees))),
-                    # The public code moves the knots of a 4 x 4 grid by 0.8 to 3 % of the size.
-                    Rand2DElasticd(
-                        _BOTH,
-                        spacing=(size / 3, size / 3),
-                        magnitude_range=(0.008 * size, 0.03 * size),
-                        prob=1,
-                        mode=("bilinear", "nearest"),
-                        padding_mode="zeros",
-                    ),
-                    _affine(translate_range=(0.2 * size, 0.2 * size)),
-                ],
-                num_transforms=(0, 4),
-            )
-        ]
-    )
+    modes = ("bilinear", "nearest")
+    shear = math.tan(16 * degrees)
+    return {
+        "flip rows": RandFlipd(_BOTH, prob=0.5, spatial_axis=0),
+        "flip columns": RandFlipd(_BOTH, prob=0.5, spatial_axis=1),
+        "noise": RandGaussianNoised(_IMAGE, prob=1, std=0.005, sample_std=False),
+        "blur": RandGaussianSmoothd(_IMAGE, prob=1, sigma_x=(1, 1), sigma_y=(1, 1)),
+        "contrast": RandContrastd((0.5, 1.5)),
+        "scale": RandZoomd(_BOTH, prob=1, min_zoom=0.5, max_zoom=2, mode=modes, padding_mode="constant"),
+        "rotation": RandAffined(_BOTH, prob=1, rotate_range=40 * degrees, mode=modes, padding_mode="zeros"),
+        "shear": RandAffined(_BOTH, prob=1, shear_range=((-shear, shear), 0), mode=modes, padding_mode="zeros"),
+        # Lines of a 4 x 4 grid move by up to 3 % of the size.
+        "piecewise": RandGridDistortiond(
+            _BOTH,
+            num_cells=4,
+            prob=1,
+            distort_limit=0.04,
+            mode=modes,  # type: ignore[arg-type]  # one a key, as of the others
+            padding_mode="zeros",
+        ),
+        "shift": RandAffined(_BOTH, prob=1, translate_range=(0.2 * size, 0.2 * size), mode=modes, padding_mode="zeros"),
+    }

@@ -173,14 +173,11 @@ def load_model(checkpoint: Checkpoint, config: ModelConfig | None = None) -> MSA
         if key not in state and is_unused(key, config):
             state[key] = torch.zeros(value.shape, dtype=value.dtype)
     _require_keys(checkpoint.path, state, expected, f"the {len(expected)} keys of the {config.deep_decoder} form")
-    if broken := [key for key, value in state.items() if not torch.isfinite(value).all()]:
-        found = f"NaN or infinity in {', '.join(broken[:5])}{', …' if len(broken) > 5 else ''}"
-        raise CheckpointError(checkpoint.path, found, "expected finite weights", "Did the training diverge?")
     return _materialise(config, state)
 
 
 def _require_keys(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], named: str) -> None:
-    """Raises CheckpointError unless `found` has exactly the keys and shapes of `expected`."""
+    """Raises CheckpointError unless `found` has exactly the keys and shapes of `expected`, and finite values."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     misshaped = [
@@ -195,6 +192,9 @@ def _require_keys(path: Path, found: Mapping[str, Tensor], expected: Mapping[str
             if keys
         )
         raise CheckpointError(path, listed, f"expected exactly {named}")
+    if broken := [key for key, value in found.items() if not torch.isfinite(value).all()]:
+        shown = f"NaN or infinity in {', '.join(broken[:5])}{', …' if len(broken) > 5 else ''}"
+        raise CheckpointError(path, shown, "expected finite weights", "Did the training diverge?")
 
 
 def _materialise(config: ModelConfig, state: Mapping[str, Tensor]) -> MSA2Net:

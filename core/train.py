@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.data import set_track_meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -82,7 +83,8 @@ class Settings:
 # What a preset sets; the options of the command line go before it.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    # The public code's, see its training script: 400 to 700 epochs, batches of 20 to 24.
+    # The public code's: 400 to 700 epochs, batches of 20 to 24, an ImageNet encoder (--encoder). Its layer scales start
+    # at 1e-6, ours at 0.1 (see `initialise`).
     "public": {
         "loss": "boundary-dou",
         "optimizer": "sgd",
@@ -181,7 +183,8 @@ def rate_at(step: int, steps: int, settings: Settings) -> float:
 
 
 def scores(predictions: NDArray[np.uint8], frames: Frames, classes: int) -> dict[str, dict[str, float]]:
-    """Per group: `dice`, the mean over frames of the mean over the classes in them; `alarms`, the share of the frames
+    """By the Dice that the device's figures use, per group: `dice`, the mean over frames of the mean over the classes
+    in them; `alarms`, the share of the frames
     without any in which more than 50 pixels were found. NaN where there is no such frame.
     """
     result = {}
@@ -213,6 +216,7 @@ class Training:
         torch.manual_seed(settings.seed)
         self.model = build(settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loss = LOSSES[settings.loss]()
+        set_track_meta(False)  # of MONAI: no transform is undone here, and the bookkeeping costs more than they do
         self.augment = augmentation(settings.augment, IMAGE_SIZE)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if settings.optimizer == "sgd":
@@ -230,7 +234,15 @@ class Training:
         """Goes on from the state file if there is one. Raises CheckpointError if it was begun with other settings."""
         if not self.file.exists():
             return
-        state = torch.load(self.file, weights_only=True, map_location=self.device)
+        try:
+            state = torch.load(self.file, weights_only=True, map_location=self.device)
+        except Exception as error:  # a damaged file raises whatever its first broken part leads to
+            raise CheckpointError(
+                self.file,
+                f"cannot be read ({type(error).__name__})",
+                "expected a saved state",
+                "Delete it to begin anew.",
+            ) from error
         mine = json.loads(json.dumps(asdict(self.settings)))
         if different := sorted(key for key in mine if state["settings"].get(key) != mine[key]):
             key = different[0]
@@ -240,7 +252,9 @@ class Training:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"].cpu())  # dropout draws from it
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
         self.step, self.best, self.since_best = state["step"], state["best"], state["since_best"]
 
     def save(self) -> None:
@@ -254,6 +268,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         torch.save(state, partial_file)
         partial_file.replace(self.file)
 
@@ -288,7 +304,9 @@ class Training:
         loss = self.loss(logits_of(self.model, x, self.settings.mixed), labels)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        # The public code, which trains with SGD, does not clip.
+        limit = math.inf if self.settings.optimizer == "sgd" else 1.0
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
             raise Msa2NetError(
                 f"step {self.step}",
@@ -332,6 +350,10 @@ def train(settings: Settings, output: Path, name: str = "model", device: str = "
         cases, held_cases = split(dataset, share, settings.seed)
     output.mkdir(parents=True, exist_ok=True)
     validation = load_frames(held_cases, settings.resize, "validation frames")
+    if not validation.labels.any():
+        raise DataError(
+            "--validation", f"{len(validation.labels)} frames without a lesion", "expected some to score", "Add cases."
+        )
     frames = load_frames(cases, settings.resize, "training frames")
     if len(frames.images) < settings.batch:
         raise DataError(
@@ -342,7 +364,7 @@ def train(settings: Settings, output: Path, name: str = "model", device: str = "
     training.restore()
     groups = list(dict.fromkeys(validation.groups))
     columns = [f"{group}_{figure}".strip("_") for group in groups for figure in ("dice", "alarms")]
-    _cut_log(training.log, ["step", "loss", "rate", *columns], training.step)
+    _cut_log(training.log, ["step", "loss", "rate", *columns], training.step if training.file.exists() else -1)
     with tqdm(total=steps, initial=training.step, unit="step", disable=None) as bar:
         losses: list[float] = []
 
@@ -363,7 +385,7 @@ def train(settings: Settings, output: Path, name: str = "model", device: str = "
             bar.set_postfix_str(f"loss {loss:.3f} Dice {mean:.3f} best {training.best:.3f}")
             losses.clear()
 
-        if settings.start and not training.step:
+        if settings.start and training.best < 0:
             validate(0.0)  # so that the result is never worse than what it was begun with
         while not training.finished:
             rate = rate_at(training.step, steps, settings)
@@ -377,7 +399,7 @@ def train(settings: Settings, output: Path, name: str = "model", device: str = "
 def _cut_log(file: Path, columns: list[str], step: int) -> None:
     """The log up to `step`: rows that a killed run wrote after its last save are written again by this one."""
     rows = []
-    if file.exists() and step:
+    if file.exists():
         with file.open(newline="") as log:
             rows = [row for row in list(csv.reader(log))[1:] if int(row[0]) <= step]
     partial_file = file.with_suffix(".partial")
@@ -471,8 +493,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         read = read_checkpoint(chosen["start"])
         config: ModelConfig = config_of(read)
         chosen["form"] = config.deep_decoder
-        if "resize" in read.metadata:
-            chosen.setdefault("resize", read.metadata["resize"])
+        if "resize" in read.metadata and "resize" not in given:
+            chosen["resize"] = read.metadata["resize"]
         for key in {"mean", "std"} & read.metadata.keys() - given.keys():
             try:
                 chosen[key] = tuple(float(number) for number in json.loads(read.metadata[key]))
@@ -480,10 +502,30 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
                 found = f"its metadata {key!r} is {read.metadata[key][:40]!r}"
                 raise CheckpointError(read.path, found, "expected a JSON list", f"Give --{key} instead.") from error
     settings = Settings(**chosen)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """Raises Msa2NetError naming the first option that no training can run with."""
+
+    def refuse(key: str, expected: str) -> Msa2NetError:
+        return Msa2NetError(f"--{key.replace('_', '-')}", f"got {getattr(settings, key)}", f"expected {expected}", "")
+
     for key in ("rate", "batch", "every"):
         if not getattr(settings, key) > 0:
-            raise Msa2NetError(f"--{key}", f"got {getattr(settings, key)}", "expected more than 0", "")
-    return settings
+            raise refuse(key, "more than 0")
+    if not (settings.steps > 0 or (settings.steps == 0 and settings.epochs > 0)):
+        raise refuse("epochs" if settings.steps == 0 else "steps", "more than 0")
+    for key in ("patience", "warmup", "weight_decay"):
+        if not getattr(settings, key) >= 0:
+            raise refuse(key, "0 or more")
+    for key in ("mean", "std"):
+        values = getattr(settings, key)
+        if len(values) not in (1, 3) or not all(map(math.isfinite, values)) or (key == "std" and min(values) <= 0):
+            raise refuse(key, "one or three finite numbers" + (" above 0" if key == "std" else ""))
+    if settings.resize not in RESIZE_RULES:
+        raise refuse("resize", f"one of {', '.join(RESIZE_RULES)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ PHANTOM_SEED = 2_000_000  # apart from training, validation and test
 _SIZES = ((224, 224), (168, 224), (480, 640), (301, 227))
 # fp32 differs between runtimes only by rounding: measured 1e-6 to 1e-5 of the largest logit.
 LOGIT_LIMIT, PIXEL_LIMIT = 1e-4, 0.9999
-MAX_FRAMES = 400
+MAX_FRAMES, MAX_BYTES = 400, 2**30  # of the frames that are held in memory
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,29 @@ def phantom_cases(grey: bool, count: int = 40) -> list[Case]:
 
 
 def data_cases(dataset: Dataset, classes: int, limit: int = MAX_FRAMES) -> list[Case]:
-    """Frames of a data set, at most `limit` and about as many of each case, evenly spread.
+    """Frames of a data set, evenly spread over its cases: at most `limit`, and about a gigabyte.
 
     Raises DataError for one that cannot be read or has no pixels, and ExportError for labels beyond `classes`.
     """
     chosen = [dataset.cases[i] for i in _spread(len(dataset.cases), limit)]
     found: list[Case] = []
-    for case in chosen:
+    step = 1  # every which of the chosen cases is kept: fewer, if they are large
+    for number, case in enumerate(chosen):
+        if number % step:
+            continue
         volume = case.read()
-        several = len(volume.frames) > 1
         for i in _spread(len(volume.frames), max(1, limit // len(chosen))):
             truth = None if volume.labels is None else volume.labels[i]
             if truth is not None and truth.max(initial=0) >= classes:
                 raise ExportError(
                     case.name, f"has the label {truth.max()}", f"expected less than {classes}", "Is it another task's?"
                 )
-            name = f"{case.name} frame {i + 1}" if several else case.name
-            found.append(
-                Case(name, preprocess.check_frame(volume.frames[i], volume.bits), volume.bits, truth, case.name)
-            )
+            frame = preprocess.check_frame(volume.frames[i], volume.bits)
+            found.append(Case(case.frame_name(i, len(volume.frames)), frame, volume.bits, truth, case.name))
+        if sum(each.frame.nbytes for each in found) > MAX_BYTES:
+            step *= 2
+            kept = {each.name for each in chosen[::step]}
+            found = [each for each in found if each.case in kept] or found[:1]
     if not found:
         raise DataError(f"--data {dataset.kind}", "no images", "expected some for the parity check", "Name others.")
     return found

@@ -63,7 +63,7 @@ def export_bundle(
     std: Sequence[float] | None = None,
     channels: int = 3,
     fit: str = "stretch",
-    enlarge: str = "nearest",
+    enlarge: str | None = None,
     name: str | None = None,
     model_version: str | None = None,
     data: str | None = None,
@@ -79,7 +79,8 @@ def export_bundle(
                 released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
     channels    3, or 1 for a network that is fed grey frames
     fit         "stretch", or "letterbox" to keep the frame's aspect
-    enlarge     "nearest", or "bilinear" to enlarge probabilities instead of the mask
+    enlarge     "nearest", "aligned" (nearest on the spline's grid), "bilinear" to enlarge probabilities instead of the
+                mask; None: "aligned" with "spline", else "nearest"
     resize      "bilinear", "spline" (the released pipeline's), or None: what the metadata says, else "bilinear"
     data        images for the accuracy check as "KIND:PATH", see `msa2net.core.data`; if they have labels, Dice is
                 against these, else against the fp32 mask. Phantoms, without labels, if None. None goes into the bundle.
@@ -100,7 +101,7 @@ def export_bundle(
         ("channels", channels, (1, 3)),
         ("fit", fit, FITS),
         ("resize", resize, (*RESIZE_RULES, None)),
-        ("enlarge", enlarge, ENLARGE_RULES),
+        ("enlarge", enlarge, (*ENLARGE_RULES, None)),
     ):
         if value not in choices:
             raise ExportError(option, f"got {value!r}", f"expected one of {', '.join(map(str, choices))}", "Pick one.")
@@ -144,7 +145,7 @@ def export_bundle(
         "classes": [{"name": names[0], "color": [0, 0, 0]}]
         + [{"name": each, "color": list(_COLORS[i % len(_COLORS)])} for i, each in enumerate(names[1:])],
         "input": contract,
-        "output": {"enlarge": enlarge},
+        "output": {"enlarge": enlarge or ("aligned" if resize == "spline" else "nearest")},
         "artifacts": [],
         "golden": [],
     }

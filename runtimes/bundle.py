@@ -27,7 +27,7 @@ SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
-ENLARGE_RULES = ("nearest", "bilinear")
+ENLARGE_RULES = ("nearest", "aligned", "bilinear")
 VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
@@ -94,6 +94,11 @@ class Artifact:
     @property
     def name(self) -> str:
         return f"{self.runtime} {self.precision}"
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may be picked for a user. In fp32 the logits have been compared, if masks allowed no judgement."""
+        return self.accuracy in ("high", "standard") or (self.accuracy == "unjudged" and self.precision == "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)

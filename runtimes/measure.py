@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Mask = NDArray[np.uint8]
 T = TypeVar("T")
 
-LESION_PIXELS = 500  # a class counts in an image that has at least so many pixels of it
+LESION_PIXELS = 500  # an image is judged by Dice if it has at least so many pixels of foreground
 FALSE_PIXELS = 50  # more added foreground than this in a clean frame is a false alarm
 CLEAN_PER_ALARM = 100  # one alarm is allowed in so many clean frames
 LEAST_CASES = 10  # fewer give no bound worth the name: resampling one case gives its own figure back
@@ -182,8 +182,9 @@ class ImageParity:
 
     @property
     def counted(self) -> tuple[int, ...]:
-        """The foreground classes large enough to be judged by Dice."""
-        return tuple(k for k in range(1, len(self.pixels)) if self.pixels[k] >= LESION_PIXELS)
+        """The foreground classes in the image; none if they are too small to be judged by Dice."""
+        judged = sum(self.pixels[1:]) >= LESION_PIXELS
+        return tuple(k for k in range(1, len(self.pixels)) if judged and self.pixels[k])
 
 
 def image_parity(
@@ -262,9 +263,9 @@ def bootstrap_bound(reference: NDArray[np.float64], artifact: NDArray[np.float64
 def judge(images: Sequence[ImageParity], classes: Sequence[str]) -> dict[str, Any]:
     """Whether the artifact is as good as the reference: figures and "verdict", ready for JSON, None where undefined.
 
-    Dice. A foreground class counts in an image that has at least 500 pixels of it; an image without such a class is
-    not judged by Dice. An image's Dice is the mean over its counted classes; its loss in points is 100 times the
-    largest, over them, of the reference's Dice less the artifact's. A case's Dice is the mean over its judged images.
+    Dice. An image is judged if it has at least 500 pixels of foreground; its Dice is the mean over the foreground
+    classes in it. Its loss in points is 100 times the reference's Dice less the artifact's, or that of one class of at
+    least 500 pixels, if it is larger. A case's Dice is the mean over its judged images.
     `ratio` is the artifact's mean Dice over cases by the reference's, `ratio_bound` its bound by `bootstrap_bound`.
 
     False alarms. A frame is lesion-free if the truth (without truth: the reference's mask) has no foreground, and
@@ -272,9 +273,10 @@ def judge(images: Sequence[ImageParity], classes: Sequence[str]) -> dict[str, An
     pixels are foreground to the artifact and not to the reference. Alarms are fine up to 1 in 100 clean frames.
 
     Verdict. "high": the bound is at least 0.999, no image loses more than 3 points, alarms are fine. "standard": 0.99,
-    5 points, alarms are fine. Else "failed". "unjudged", with a `reason`: no image can be judged by Dice, those that
-    can are of fewer than 10 cases, or the reference's mean Dice over them is below 0.05. Points and bound are
-    compared to nine digits; a figure that is NaN fails. `reasons` says what keeps it from the next better level.
+    5 points, alarms are fine. Else "failed". "unjudged", with a `reason`, if nothing fails, but there is no bound: no
+    image can be judged by Dice, those that can are of fewer than 10 cases, or the reference's mean Dice over them is
+    below 0.05. Points and bound are compared to nine digits; a figure that is NaN fails. `reasons` says what keeps it
+    from the next better level.
 
     Raises ValueError if images with and without truth are mixed, or have another number of classes than `classes`.
     """
@@ -298,35 +300,34 @@ def judge(images: Sequence[ImageParity], classes: Sequence[str]) -> dict[str, An
     free = [image for image in images if not any(image.pixels[1:])]
     clean = [image for image in free if sum(image.reference_area[1:]) <= FALSE_PIXELS]
     alarms = sum(image.added > FALSE_PIXELS for image in clean)
-    verdict, reason, reasons = "failed", None, _alarm_misses(alarms, len(clean))
+    unjudged = None
     if not judged:
-        verdict = "unjudged"
-        reason = (
-            f"no image has {LESION_PIXELS} pixels of a foreground class in the "
+        unjudged = (
+            f"no image has {LESION_PIXELS} pixels of foreground in the "
             f"{'truth' if with_truth else 'reference mask'}: give images of the model's own domain that show lesions"
         )
     elif len(reference) < LEAST_CASES:
-        verdict = "unjudged"
-        reason = f"images of {len(reference)} cases can be judged, {LEAST_CASES} are needed: give more"
+        unjudged = f"images of {len(reference)} cases can be judged, {LEAST_CASES} are needed: give more"
     elif mean < LEAST_DICE:
-        verdict = "unjudged"
-        reason = (
+        unjudged = (
             f"the reference's mean Dice is {mean:.4f}, below {LEAST_DICE}, it finds nothing here: "
             "give images of the model's own domain"
         )
-    else:
-        for level, (least, most) in LEVELS.items():
-            misses = _alarm_misses(alarms, len(clean))
-            if not loss <= most:
-                points = _shown(loss, 2, math.ceil)
-                misses.append(f"{lost['image']} loses {points} points of {lost['class']}, {level} allows {most}")
-            if not bound >= least:
-                shown = _shown(bound, 4, math.floor)
-                misses.append(f"bound {shown} of the reference's mean Dice, {level} needs {least}")
-            if not misses:
-                verdict = level
-                break
-            reasons = misses
+    verdict, reasons = "failed", list[str]()
+    for level, (least, most) in LEVELS.items():
+        misses = _alarm_misses(alarms, len(clean))
+        if judged and not loss <= most:
+            misses.append(
+                f"{lost['image']} loses {_shown(loss, 2, math.ceil)} points of {lost['class']}, {level} allows {most}"
+            )
+        if not unjudged and not bound >= least:
+            misses.append(f"bound {_shown(bound, 4, math.floor)} of the reference's mean Dice, {level} needs {least}")
+        if not misses:
+            verdict = level
+            break
+        reasons = misses
+    if unjudged and verdict != "failed":
+        verdict, reasons = "unjudged", []
     return {
         "images": len(images),
         "judged": len(judged),
@@ -345,7 +346,7 @@ def judge(images: Sequence[ImageParity], classes: Sequence[str]) -> dict[str, An
             "pixel_agreement": _finite(worst.pixel_agreement) if worst else None,
         },
         "verdict": verdict,
-        "reason": reason,
+        "reason": unjudged if verdict == "unjudged" else None,
         "reasons": reasons,
     }
 
@@ -360,9 +361,12 @@ def _case_means(judged: Sequence[ImageParity], figure: str) -> NDArray[np.float6
 
 
 def _loss(image: ImageParity) -> tuple[float, int]:
-    """An image's loss in points and the class that it is of. NaN counts as the largest."""
+    """An image's loss in points and the class that loses most. NaN counts as the largest."""
     losses = [(round(100 * (image.reference_dice[k] - image.dice[k]), 9), k) for k in image.counted]
-    return max(losses, key=lambda pair: _nan_first(pair[0]))
+    label = max(losses, key=lambda pair: _nan_first(pair[0]))[1]
+    whole = round(float(np.mean([loss for loss, _ in losses])), 9)
+    large = [loss for loss, k in losses if image.pixels[k] >= LESION_PIXELS]
+    return max([whole, *large], key=_nan_first), label
 
 
 def _worst(images: Sequence[ImageParity], judged: Sequence[ImageParity]) -> tuple[ImageParity | None, float, int]:

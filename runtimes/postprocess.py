@@ -41,6 +41,16 @@ def nearest_index(source: int, target: int) -> NDArray[np.intp]:
     return (2 * np.arange(target) + 1) * source // (2 * target)
 
 
+def aligned_index(source: int, target: int) -> NDArray[np.intp]:
+    """The nearest sample where first lies on first and last on last: the grid of the resize rule "spline".
+
+    floor(i (source - 1) / (target - 1) + 1/2), in whole numbers: `scipy.ndimage.zoom(order=0)`, but for the end samples
+    that scipy loses at some lengths, and for exact ties, which it rounds either way.
+    """
+    steps = max(1, target - 1)
+    return (2 * np.arange(target) * (source - 1) + steps) // (2 * steps)
+
+
 def crop(maps: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
     """(K, h, w) -> the part of it that the frame was placed on."""
     rows = slice(placement.top, placement.top + placement.height)
@@ -52,7 +62,8 @@ def to_mask(
 ) -> NDArray[np.uint8]:
     """(K, h, w) logits -> (H, W) uint8 class indices; the first class wins a tie.
 
-    enlarge   "nearest": argmax at the network's size, then the nearest pixel; "bilinear": probabilities first
+    enlarge   "nearest": argmax at the network's size, then the nearest pixel; "aligned": the same on the grid of the
+              spline, as the released pipeline does; "bilinear": probabilities first
     """
     if enlarge == "bilinear":
         return to_probabilities(logits, placement, size, enlarge).argmax(0).astype(np.uint8)
@@ -61,7 +72,14 @@ def to_mask(
     small = (inside[1] > inside[0]).astype(np.uint8) if len(inside) == 2 else inside.argmax(0).astype(np.uint8)
     if small.shape == size:
         return small
-    return small[nearest_index(small.shape[0], size[0])[:, None], nearest_index(small.shape[1], size[1])]
+    rows, columns = _nearest(small.shape, size, enlarge)
+    return small[rows[:, None], columns]
+
+
+def _nearest(source: tuple[int, ...], size: tuple[int, int], enlarge: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of `source` for each row and column of `size`."""
+    index = aligned_index if enlarge == "aligned" else nearest_index
+    return index(source[0], size[0]), index(source[1], size[1])
 
 
 def finish(
@@ -91,6 +109,5 @@ def to_probabilities(
         return probabilities
     if enlarge == "bilinear":
         return resize(probabilities.transpose(1, 2, 0), "bilinear", *size)
-    rows = nearest_index(probabilities.shape[1], size[0])
-    columns = nearest_index(probabilities.shape[2], size[1])
+    rows, columns = _nearest(probabilities.shape[1:], size, enlarge)
     return probabilities[:, rows[:, None], columns]

@@ -19,6 +19,7 @@ from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
 
 log = logging.getLogger("msa2net")
+_NOT_PASSED = "failed its accuracy check at export"
 DEMO_BUNDLE = Path(__file__).parent / "demo.bundle"
 
 
@@ -27,7 +28,7 @@ class DemoModelWarning(UserWarning):
 
 
 class AccuracyLossWarning(UserWarning):
-    """An artifact is in use that failed its accuracy check at export, and was written all the same."""
+    """An artifact is in use that did not pass its accuracy check at export, and was written all the same."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +191,9 @@ class Predictor:
             )
         bundle = Bundle(DEMO_BUNDLE if path is None else path)
         artifact = _choose(bundle, precision) if runtime == "auto" else bundle.artifact(runtime, precision)
-        if artifact.accuracy == "failed":
-            warnings.warn(
-                f"{artifact.name} failed its accuracy check at export: {'; '.join(artifact.shortfalls)}",
-                AccuracyLossWarning,
-                stacklevel=2,
-            )
+        if not artifact.passed:
+            reasons = "; ".join(artifact.shortfalls) or "its images allowed no judgement"
+            warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
         backend_type = backend_class(artifact.runtime)
         with bundle.open_artifact(artifact) as files:
             try:
@@ -353,9 +351,9 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
             if error := why_not(runtime):
                 raise error
             artifact = bundle.artifact(runtime, precision)
-            if artifact.accuracy == "failed":
+            if not artifact.passed:
                 raise RuntimeUnavailableError(
-                    artifact.name, "failed its accuracy check at export", "", "Name the runtime to use it all the same."
+                    artifact.name, _NOT_PASSED, "", "Name the runtime to use it all the same."
                 )
         except RuntimeUnavailableError as error:
             reasons.append(str(error))

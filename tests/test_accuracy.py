@@ -176,6 +176,29 @@ def test_means_are_over_cases_and_pooled_figures_over_pixels(loaded: Callable[..
     assert predictor.closed
 
 
+def test_the_mean_over_classes_is_taken_in_each_case_first(loaded: Callable[..., None]) -> None:
+    both = np.maximum(square(5, 10), square(30, 10, label=2))
+    one = square(5, 10)
+    classes = ("background", "one", "two")
+    # Dice 1 and undefined (the truth lacks the second class) in the first case, 0 and 0 in the other.
+    data = dataset(volume(one, one), volume(np.zeros_like(both), both), classes=classes)
+    loaded(FakePredictor("pytorch fp32", classes, lambda t: t))
+    [artifact] = accuracy.measure(Path("any"), data)["artifacts"]
+    assert [line["dice"] for line in artifact["summary"]] == [0.5, 0.0, 0.5]
+
+
+def test_millimetres_and_pixels_do_not_enter_one_mean(loaded: Callable[..., None]) -> None:
+    known = Volume((square(5)[0],), square(7), spacing=(1.0, 0.5, 0.5))
+    unknown = Volume((square(5)[0],), square(15))
+    for volumes, unit, distance in (((known, unknown), "mm", 1.0), ((unknown,), "px", 10.0)):
+        data = dataset(*volumes)
+        loaded(FakePredictor("pytorch fp32", data.classes, lambda t: t))
+        result = accuracy.measure(Path("any"), data)
+        assert result["unit"] == unit
+        assert result["artifacts"][0]["summary"][0]["hd95"] == pytest.approx(distance)
+        assert f"HD95 {unit}" in accuracy.table(result)
+
+
 def test_volumes_are_scored_whole_and_judged_frame_by_frame(loaded: Callable[..., None]) -> None:
     found = np.concatenate([square(5), square(5), square(5)])
     truth = np.concatenate([square(5), square(5), np.zeros_like(square(5))])
@@ -252,6 +275,22 @@ def test_the_command_writes_table_csv_json_and_the_worst_cases(
     assert len(pictures) == 4
     with Image.open(pictures[0]) as picture:
         assert picture.width >= 3 * 320
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("scored"))
+    assert accuracy.main(["--data", "phantoms:1", "--output", str(tmp_path / "taken")]) == 2
+    assert capsys.readouterr().err == "error: --output: cannot be written (File exists). Name another folder.\n"
+
+
+def test_the_report_says_which_phantoms_and_which_split_but_no_path() -> None:
+    name = accuracy._named
+    assert name("phantoms:3@7", dataset(), "test") == "fake"
+    assert name("phantoms:3@7", Dataset("phantoms", ("a", "b"), ()), "test") == "phantoms:3@7"
+    assert name("isic2018:/home/x", Dataset("isic2018", ("a", "b"), ()), "train") == "isic2018 train"
 
 
 @pytest.mark.parametrize(

@@ -587,7 +587,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("input", "std", 0), 0, "got 0", "expected a number from 1e-06 to 1e+06"),
     (("input", "resize"), "cubic", 'got "cubic"', "expected 'bilinear' or 'spline'"),
     (("input", "fit"), "crop", 'got "crop"', "expected 'stretch' or 'letterbox'"),
-    (("output", "enlarge"), "", 'got ""', "expected 'nearest' or 'bilinear'"),
+    (("output", "enlarge"), "", 'got ""', "expected 'nearest' or 'aligned' or 'bilinear'"),
     (("artifacts",), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
     (("artifacts", 0), None, "got null", "expected an object"),
     (("artifacts", 0, "runtime"), 3, "got 3", "expected a string"),

@@ -27,7 +27,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.pixels import pack_bits
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 
-from msa2net.core.data import KINDS, Dataset, Volume, layout, open_data
+from msa2net.core.data import KINDS, Dataset, Volume, layout, open_data, open_for
 from msa2net.core.data.phantom import TEST_SEED
 from msa2net.core.phantoms import phantom
 from msa2net.errors import DataError
@@ -211,15 +211,16 @@ def synapse(root: Path, lists: str = "lists/lists_Synapse", dtype: str = "f4", l
 def test_synapse_gives_slices_to_train_and_volumes_to_test(tmp_path: Path, lists: str, dtype: str, label: str) -> None:
     root = synapse(tmp_path, lists, dtype, label)
     train = open_data(f"synapse:{root}", "train")
-    assert [case.name for case in train.cases] == ["case0031_slice001", "case0005_slice000"]
-    for case, volume in zip(train.cases, read(train), strict=True):
-        with np.load(root / "train_npz" / f"{case.name}.npz") as kept:
+    assert [case.name for case in train.cases] == ["slice 1", "slice 2"]
+    assert [case.patient for case in train.cases] == ["case0031", "case0005"]
+    for name, volume in zip(("case0031_slice001", "case0005_slice000"), read(train), strict=True):
+        with np.load(root / "train_npz" / f"{name}.npz") as kept:
             assert len(volume.frames) == 1
             assert volume.frames[0].dtype == np.float32
             assert np.array_equal(volume.frames[0], kept["image"].astype(np.float32))
             assert np.array_equal(labels(volume)[0], kept["label"])
     test = open_data(f"synapse:{root}")
-    assert [case.name for case in test.cases] == ["case0008"]
+    assert [(case.name, case.patient) for case in test.cases] == [("case 1", "case0008")]
     assert ", ".join(test.classes) == ORGANS
     [volume] = read(test)
     with h5py.File(root / "test_vol_h5" / "case0008.npy.h5") as file:
@@ -232,13 +233,13 @@ def test_synapse_takes_the_first_list_there_is(tmp_path: Path) -> None:
     synapse(tmp_path, "lists")
     (tmp_path / "lists" / "train.txt").write_text("case0005_slice000\n")
     (tmp_path / "train.txt").write_text("not this\n")
-    assert [case.name for case in open_data(f"synapse:{tmp_path}", "train").cases] == ["case0005_slice000"]
+    assert [case.patient for case in open_data(f"synapse:{tmp_path}", "train").cases] == ["case0005"]
 
 
 def test_a_list_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:
     synapse(tmp_path)
     (tmp_path / "lists" / "lists_Synapse" / "test_vol.txt").write_text("case0008\r\n", "utf-8-sig")
-    assert [case.name for case in open_data(f"synapse:{tmp_path}").cases] == ["case0008"]
+    assert [case.patient for case in open_data(f"synapse:{tmp_path}").cases] == ["case0008"]
 
 
 def test_synapse_has_no_validation_split(tmp_path: Path) -> None:
@@ -927,14 +928,38 @@ def test_a_file_of_many_frames_keeps_their_order(tmp_path: Path) -> None:
     assert volume.spacing == (3, 0.5, 0.75)
 
 
-def test_masks_of_a_series_follow_in_order_of_their_names(tmp_path: Path) -> None:
-    series(tmp_path, "a")
+@pytest.mark.parametrize("ending", ["", ".dcm", ".DCM"])
+@pytest.mark.parametrize("falling", [False, True])
+def test_masks_of_a_series_belong_to_the_slices_of_their_names(tmp_path: Path, ending: str, falling: bool) -> None:
+    """Slices are ordered in space, which names need not follow: those of a CT often run the other way."""
     masks = (SLICES > 2000).astype(np.uint8)
-    for index, mask in enumerate(masks):
-        save(tmp_path / "masks" / "a" / f"{PATIENT}{index}.png", mask * 255)
+    assert len({mask.tobytes() for mask in masks}) > 6
+    for index, pixels in enumerate(SLICES):
+        position = [100 - 5 * index if falling else 5 * index, 0, 0]
+        attributes = {
+            "ImagePositionPatient": position,
+            "ImageOrientationPatient": SAGITTAL,
+            "InstanceNumber": index + 1,
+        }
+        name = f"1.2.{PATIENT}.{index:03}"
+        write(tmp_path / "images" / "a" / f"{name}{ending}", dataset(pixels, f"1.2.3.{index + 1}", **attributes))
+        save(tmp_path / "masks" / "a" / f"{name}.png", masks[index] * 255)
     data = open_data(f"dicom:{tmp_path}")
     assert data.classes == ("background", "lesion")
-    assert np.array_equal(labels(read(data)[0]), masks)
+    volume = read(data)[0]
+    order = slice(None, None, -1) if falling else slice(None)
+    assert np.array_equal(volume.frames, SLICES[order])
+    assert np.array_equal(labels(volume), masks[order])
+
+
+def test_masks_without_their_slices_names_are_refused(tmp_path: Path) -> None:
+    series(tmp_path, "a")
+    for index in range(len(SLICES)):
+        save(tmp_path / "masks" / "a" / f"{PATIENT}{index}.png", np.zeros(SLICES[0].shape, np.uint8))
+    assert refused(open_data(f"dicom:{tmp_path}").cases[0].read) == (
+        "dicom data, case 1 of 1: found 12 of 12 masks without a slice of their name, "
+        "expected each mask named as its slice's file. Rename the masks, or give one SEG."
+    )
     (tmp_path / "masks" / "a" / f"{PATIENT}7.png").unlink()
     assert refused(open_data(f"dicom:{tmp_path}").cases[0].read) == (
         "dicom data, case 1 of 1: found 11 masks for 12 slices, expected one each. Check masks/."
@@ -1109,9 +1134,42 @@ def test_segs_that_disagree_on_names_are_refused(tmp_path: Path) -> None:
     seg(tmp_path / "masks" / "b", SegmentSequence=[item])
     assert refuses(f"dicom:{tmp_path}") == (
         "dicom data, case 2 of 2, its SEG: names a segment otherwise than another case, "
-        "expected the same names. Give the class names."
+        "expected the same names. Renumber the segments."
     )
-    assert len(open_data(f"dicom:{tmp_path}", classes=["a", "b", "c", "d"]).cases) == 2
+
+
+def test_a_seg_in_another_order_than_the_classes_is_refused(tmp_path: Path) -> None:
+    seg(series(tmp_path) / "masks")
+    own = list(open_data(f"dicom:{tmp_path}").classes)
+    assert list(open_data(f"dicom:{tmp_path}", classes=own).classes) == own
+    swapped = [own[0], own[2], own[1], *own[3:]]
+    with pytest.raises(DataError) as caught:
+        open_data(f"dicom:{tmp_path}", classes=swapped)
+    assert str(caught.value) == (
+        f"dicom data: its segments are {', '.join(own[1:])}, "
+        f"expected them in the order of the classes {', '.join(swapped[1:])}. Renumber the segments."
+    )
+    others = ["air", "one", "two", "three"]
+    assert list(open_data(f"dicom:{tmp_path}", classes=others).classes) == others  # by number: no name is known
+
+
+def test_a_model_is_given_data_of_its_classes_in_its_order(tmp_path: Path) -> None:
+    synapse(tmp_path)
+    organs = ORGANS.split(", ")
+    assert open_for(organs, f"synapse:{tmp_path}").classes == tuple(organs)
+    assert open_for([f"class {i}" for i in range(9)], f"synapse:{tmp_path}").classes == tuple(organs)
+    swapped = [organs[0], organs[2], organs[1], *organs[3:]]
+    for classes, told in (
+        (["a", "b"], "has 9 classes, expected the model's 2. Use data of the model's own task."),
+        (
+            swapped,
+            f"has the classes {ORGANS}, expected the model's order, {', '.join(swapped)}. "
+            "Correct the model's class list.",
+        ),
+    ):
+        with pytest.raises(DataError) as caught:
+            open_for(classes, f"synapse:{tmp_path}")
+        assert str(caught.value) == f"synapse data: {told}"
 
 
 def test_two_series_in_one_folder_are_counted(tmp_path: Path) -> None:

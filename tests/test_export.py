@@ -275,6 +275,23 @@ def test_what_is_named_wins_over_the_checkpoints_metadata(
     assert [artifact.runtime for artifact in manifest.artifacts] == ["pytorch"]
 
 
+@pytest.mark.parametrize(
+    ("resize", "enlarge", "expected"),
+    [
+        (None, None, "nearest"),
+        ("spline", None, "aligned"),
+        ("spline", "nearest", "nearest"),
+        (None, "aligned", "aligned"),
+    ],
+)
+def test_a_mask_goes_back_on_the_grid_that_its_frame_came_by(
+    checkpoint: Path, quick: Callable[..., Path], tmp_path: Path, resize: Any, enlarge: Any, expected: str
+) -> None:
+    bundle = quick(checkpoint, tmp_path / "b", resize=resize, enlarge=enlarge)
+    manifest = Bundle(bundle).manifest
+    assert (manifest.input.resize, manifest.enlarge) == (resize or "bilinear", expected)
+
+
 def test_a_grey_network_gets_one_channel_and_grey_golden_frames(
     quick: Callable[..., Path], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -765,6 +782,16 @@ def test_a_loss_that_was_allowed_is_written_into_the_manifest(lossy: Path) -> No
     document = json.loads((lossy / MANIFEST).read_bytes())
     assert [entry["parity"]["verdict"] for entry in document["artifacts"]] == ["failed", "high"]
     assert document["artifacts"][0]["parity"]["reasons"] == list(failed.shortfalls)
+
+
+def test_large_frames_are_thinned_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = np.zeros((10, 10), np.uint8)
+    cases = tuple(Case(f"image {i}", lambda: Volume((frame,))) for i in range(32))
+    monkeypatch.setattr(parity, "MAX_BYTES", 1000)
+    kept = [each.name for each in parity.data_cases(Dataset("images", ("a", "b"), cases), 2)]
+    assert kept == [f"image {i}" for i in range(0, 32, 4)]
+    monkeypatch.setattr(parity, "MAX_BYTES", 50)  # one is kept, whatever its size
+    assert [each.name for each in parity.data_cases(Dataset("images", ("a", "b"), cases), 2)] == ["image 0"]
 
 
 def test_a_report_that_cannot_be_written_is_named(checkpoint: Path, quick: Callable[..., Path], tmp_path: Path) -> None:

@@ -356,7 +356,8 @@ def test_any_number_of_classes_and_any_batch_works(form: str, classes: int) -> N
         logits = model(x)
         alone = model(x[1:])
     assert logits.shape == (2, classes, IMAGE_SIZE, IMAGE_SIZE)
-    assert torch.allclose(logits[1:], alone, rtol=0, atol=1e-5)
+    # The batch changes the order of sums in a matrix product: rounding, of logits up to 5.
+    assert torch.allclose(logits[1:], alone, rtol=0, atol=1e-5 * logits.abs().max().item())
 
 
 def test_a_grey_input_is_repeated_to_three_channels() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from msa2net.errors import FrameError, OutputError
 from msa2net.runtimes.bundle import ClassInfo, InputContract
 from msa2net.runtimes.overlay import draw, outline, to_rgb
-from msa2net.runtimes.postprocess import check_logits, nearest_index, softmax, to_mask, to_probabilities
+from msa2net.runtimes.postprocess import aligned_index, check_logits, nearest_index, softmax, to_mask, to_probabilities
 from msa2net.runtimes.preprocess import (
     MAX_PIXELS,
     MAX_SIDE,
@@ -578,7 +578,7 @@ def test_the_mask_is_the_class_with_the_largest_logit(classes: int) -> None:
             assert logits[mask[i, j], i, j] == max(logits[:, i, j])
 
 
-@pytest.mark.parametrize("enlarge", ["nearest", "bilinear"])
+@pytest.mark.parametrize("enlarge", ["nearest", "aligned", "bilinear"])
 @pytest.mark.parametrize("classes", [2, 3, 9])
 @pytest.mark.parametrize("size", [(4, 6), (9, 5)], ids=str)
 def test_the_first_class_wins_a_tie(classes: int, enlarge: str, size: tuple[int, int]) -> None:
@@ -607,6 +607,17 @@ def test_nearest_takes_the_sample_that_holds_the_middle_of_the_pixel(source: int
 )
 def test_nearest_takes_these_samples(source: int, target: int, expected: list[int]) -> None:
     assert nearest_index(source, target).tolist() == expected
+
+
+def test_aligned_enlarging_puts_the_ends_on_the_ends() -> None:
+    assert aligned_index(3, 5).tolist() == [0, 1, 1, 2, 2]  # ties go up
+    assert aligned_index(4, 4).tolist() == [0, 1, 2, 3]
+    assert aligned_index(5, 3).tolist() == [0, 2, 4]
+    assert aligned_index(5, 1).tolist() == [0]
+    assert aligned_index(1, 3).tolist() == [0, 0, 0]
+    for source, target in ((224, 512), (224, 480), (7, 301)):
+        exact = np.arange(target) * (source - 1) / (target - 1)
+        assert (np.abs(aligned_index(source, target) - exact) <= 0.5 + 1e-9).all()
 
 
 def test_a_mask_is_enlarged_pixel_by_pixel() -> None:
@@ -640,7 +651,7 @@ LOGITS = st.one_of(
     st.integers(1, 4),
     st.integers(1, 9),
     st.integers(1, 9),
-    st.sampled_from(["nearest", "bilinear"]),
+    st.sampled_from(["nearest", "aligned", "bilinear"]),
 )
 def test_the_argmax_of_the_probabilities_is_the_mask(
     data: st.DataObject, classes: int, height: int, width: int, rows: int, columns: int, enlarge: str
@@ -666,7 +677,7 @@ def test_logits_too_close_for_their_probabilities_still_agree_with_the_mask(size
     assert (to_probabilities(logits, placement, size, "nearest").argmax(0) == 1).all()
 
 
-@pytest.mark.parametrize("enlarge", ["nearest", "bilinear"])
+@pytest.mark.parametrize("enlarge", ["nearest", "aligned", "bilinear"])
 @pytest.mark.parametrize("size", [(8, 8), (5, 30), (224, 300), (1, 1)], ids=str)
 def test_letterboxed_probabilities_agree_with_the_mask(enlarge: str, size: tuple[int, int]) -> None:
     logits = some_logits(3, 8, 8)

@@ -45,7 +45,9 @@ KINDS = {
     "folder": Kind(open_folder, "images/<name>.png and masks/<name>.png"),
     "pairs": Kind(open_pairs, "<name>.png beside <name>_mask.png"),
     "images": Kind(open_images, "image files (.png, .jpg, .tif, .bmp, .npy, .dcm)"),
-    "dicom": Kind(open_dicom, "images/<case>/<DICOM files>, and masks/<case>/ with PNG files or one DICOM SEG"),
+    "dicom": Kind(
+        open_dicom, "images/<case>/<slice>.dcm, and masks/<case>/ with <slice>.png for each or one DICOM SEG"
+    ),
     "phantoms": Kind(open_phantoms, "phantoms:N or phantoms:N@SEED", own_classes=True),
 }
 
@@ -75,7 +77,8 @@ def open_data(spec: str, split: str = "test", classes: Sequence[str] | None = No
 def open_for(model_classes: Sequence[str], spec: str, split: str = "test") -> Dataset:
     """The data set, for a model with these classes: they name those of a kind that does not know its own.
 
-    Raises DataError if a kind that does has another number of them; their names may differ.
+    Raises DataError if a kind that does has another number of them, or the same in another order; else its names may
+    differ from the model's.
     """
     kind = KINDS.get(spec.partition(":")[0])
     dataset = open_data(spec, split, None if kind is None or kind.own_classes else model_classes)
@@ -85,6 +88,13 @@ def open_for(model_classes: Sequence[str], spec: str, split: str = "test") -> Da
             f"has {len(dataset.classes)} classes",
             f"expected the model's {len(model_classes)}",
             "Use data of the model's own task.",
+        )
+    if set(dataset.classes) == set(model_classes) and dataset.classes != tuple(model_classes):
+        raise DataError(
+            f"{dataset.kind} data",
+            f"has the classes {', '.join(dataset.classes)}",
+            f"expected the model's order, {', '.join(model_classes)}",
+            "Correct the model's class list.",
         )
     return dataset
 

@@ -31,14 +31,20 @@ class Volume:
 class Case:
     """One image or one patient's volume.
 
-    name    such as "image 12": for reports, so it tells nothing of a patient
-    read    gives the pixels; a function of a module or a `functools.partial` of one, so that it can go to a process
-    group   cases of one group are reported together; "" if the data has no groups
+    name     such as "image 12": for reports, so it tells nothing of a patient
+    read     gives the pixels; a function of a module or a `functools.partial` of one, so that it can go to a process
+    group    cases of one group are reported together; "" if the data has no groups
+    patient  cases of one patient are never split; never shown; "" if each case is a patient's own
     """
 
     name: str
     read: Callable[[], Volume]
     group: str = ""
+    patient: str = ""
+
+    def frame_name(self, index: int, count: int) -> str:
+        """What reports call one of its `count` frames, numbered from 1; the case's own name if it is the only one."""
+        return f"{self.name} frame {index + 1}" if count > 1 else self.name
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,15 @@ def open_dicom(request: Request) -> Dataset:
                 f" have no labels and {len(marked - set(names))} labels no case"
             )
         labels = [_labels(request, masks / name) for name in names]
-    classes = request.classes or _seg_classes(request, labels) or LESION
+    own = _seg_classes(request, labels)
+    classes = request.classes or own or LESION
+    if own and request.classes and {*own[1:]} & {*classes[1:]} and own[1:] != classes[1 : len(own)]:
+        raise DataError(
+            f"{request.kind} data",
+            f"its segments are {', '.join(own[1:])}",
+            f"expected them in the order of the classes {', '.join(classes[1:])}",
+            "Renumber the segments.",
+        )
     cases = tuple(
         Case(
             f"case {number}",
@@ -163,7 +171,8 @@ def read_series(place: str, files: tuple[Path, ...], labels: _Labels | None, cla
     if labels is not None and labels.is_seg:
         marked = _read_seg(labels.files[0], f"{place}, its SEG", slices, frames[0].shape, classes)
     elif labels is not None:
-        marked = _read_masks(labels.files, place, len(frames), frames[0].shape, classes)
+        in_order = _mask_order(labels.files, [header.path for header in headers], place, len(frames))
+        marked = _read_masks(in_order, place, frames[0].shape, classes)
     return Volume(tuple(frames), marked, bits.pop(), _spacing(headers, positions, len(frames)))
 
 
@@ -252,11 +261,31 @@ def _spacing(headers: list[_Header], positions: list[float] | None, count: int) 
 # Labels ---------------------------------------------------------------------------------------------------------
 
 
-def _read_masks(
-    files: tuple[Path, ...], place: str, count: int, shape: tuple[int, ...], classes: int
-) -> NDArray[np.uint8]:
+def _mask_order(files: tuple[Path, ...], slices: list[Path], place: str, count: int) -> list[Path]:
+    """A series' masks in the order of its slices, each named as its slice's file; of one file's frames, by name.
+
+    Slices lie in space, and names need not follow it: a mask is never paired by its rank.
+    """
     if len(files) != count:
         raise DataError(place, f"found {len(files)} masks for {count} slices", "expected one each", "Check masks/.")
+    if len(slices) == 1:
+        return list(files)
+    by_stem = {path.stem: path for path in files}
+    # Of a slice only .dcm is an ending: the rest of a name such as 1.2.840.7 is not.
+    stems = [path.stem if path.suffix.lower() == ".dcm" else path.name for path in slices]
+    strange = len(by_stem.keys() - set(stems))
+    if strange or len(by_stem) < len(files) or len(set(stems)) < len(stems):
+        raise DataError(
+            place,
+            f"found {strange} of {count} masks without a slice of their name",
+            "expected each mask named as its slice's file",
+            "Rename the masks, or give one SEG.",
+        )
+    return [by_stem[stem] for stem in stems]
+
+
+def _read_masks(files: list[Path], place: str, shape: tuple[int, ...], classes: int) -> NDArray[np.uint8]:
+    count = len(files)
     masks = []
     for number, path in enumerate(files, 1):
         mask = read_mask(path, f"{place}, mask {number} of {count}", classes, shape)
@@ -280,11 +309,16 @@ def _seg_classes(request: Request, labels: list[_Labels | None]) -> tuple[str, .
                 segments = {int(item.SegmentNumber): str(item.SegmentLabel) for item in data.SegmentSequence}
             except Exception:  # a missing attribute, or one of the wrong kind
                 segments = {}
+        if not segments and request.classes:
+            return None  # numbers alone: they are the indices of the classes that were asked for
         if not segments:
             raise _not_seg(place, "without named segments")
         if any(names.setdefault(number, name) != name for number, name in segments.items()):
             raise DataError(
-                place, "names a segment otherwise than another case", "expected the same names", "Give the class names."
+                place,
+                "names a segment otherwise than another case",
+                "expected the same names",
+                "Renumber the segments.",
             )
     if not names:
         return None

@@ -28,8 +28,8 @@ from msa2net.errors import DataError
 
 _MASK_NAME = re.compile(r"(?P<image>.+)_(?P<part>mask(_[0-9]+)?|segmentation|lesion)", re.DOTALL)
 _ISIC_FOLDER = {"train": "Training", "validation": "Validation", "test": "Test"}
-_ISIC_IMAGE = re.compile(r"ISIC_[0-9]+\.jpg")
-_ISIC_MASK = re.compile(r"ISIC_[0-9]+_segmentation\.png")
+_ISIC_IMAGE = re.compile(r"ISIC_[0-9]+\.jpe?g", re.IGNORECASE)
+_ISIC_MASK = re.compile(r"ISIC_[0-9]+_segmentation\.png", re.IGNORECASE)
 
 Found = tuple[str, Path]  # a file and its group
 Pair = tuple[str, Path, tuple[Path, ...]]  # group, image, its masks

@@ -19,7 +19,7 @@ from msa2net.core.config import IMAGE_SIZE
 from msa2net.core.data.cases import Case, Dataset
 from msa2net.errors import DataError
 from msa2net.runtimes.bundle import InputContract
-from msa2net.runtimes.postprocess import nearest_index
+from msa2net.runtimes.postprocess import aligned_index, nearest_index
 from msa2net.runtimes.preprocess import check_frame, to_tensor
 
 _FEW = 64  # cases that are read in this process: starting others takes longer
@@ -59,7 +59,8 @@ def _read(case: Case, resize: str) -> list[tuple[NDArray[np.float16], NDArray[np
     for frame, labels in zip(volume.frames, volume.labels, strict=True):
         pixels = check_frame(frame, volume.bits)
         image = to_tensor(pixels, _contract(3 if pixels.ndim == 3 else 1, resize), volume.bits)[0]
-        rows, columns = (nearest_index(source, IMAGE_SIZE) for source in labels.shape)
+        index = aligned_index if resize == "spline" else nearest_index  # the grid that the image is resized on
+        rows, columns = (index(source, IMAGE_SIZE) for source in labels.shape)
         found.append((image.astype(np.float16), labels[rows[:, None], columns]))
     return found
 
@@ -103,16 +104,20 @@ def load_frames(cases: Sequence[Case], resize: str, label: str) -> Frames:
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
-    """Cases to train on and to validate on. Slices of one patient, named alike up to "_slice", stay together."""
-    patients = sorted({case.name.partition("_slice")[0] for case in dataset.cases})
-    count = round(len(patients) * share)
+    """Cases to train on and to validate on, those of one patient on one side.
+
+    Raises DataError unless the share, of patients, leaves some on both sides.
+    """
+    patient_of = [case.patient or case.name for case in dataset.cases]
+    patients = sorted(set(patient_of))
+    count = round(len(patients) * share) if 0 < share < 1 else 0
     if not 0 < count < len(patients):
         raise DataError(
             "--validation", f"got a share of {share:g} of {len(patients)} cases", "expected some on both sides", ""
         )
     chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count]}
-    held = [case.name.partition("_slice")[0] in chosen for case in dataset.cases]
+    pairs = list(zip(dataset.cases, patient_of, strict=True))
     return (
-        tuple(case for case, out in zip(dataset.cases, held, strict=True) if not out),
-        tuple(case for case, out in zip(dataset.cases, held, strict=True) if out),
+        tuple(case for case, patient in pairs if patient not in chosen),
+        tuple(case for case, patient in pairs if patient in chosen),
     )

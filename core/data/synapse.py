@@ -29,7 +29,7 @@ _LISTS = ("lists/lists_Synapse", "lists", ".")
 
 
 def open_synapse(request: Request) -> Dataset:
-    """The slices of "train" or the volumes of "test", named as in the list."""
+    """The slices of "train" or the volumes of "test", in the list's order. Slices are named <patient>_slice<number>."""
     if request.split == "validation":
         raise DataError(
             "synapse data", "has no validation split", "expected train or test", "Hold out slices of train."
@@ -46,7 +46,11 @@ def open_synapse(request: Request) -> Dataset:
         raise request.wrong(f"{len(names)} names in {listed}, {missing} of them without a file in {folder}/")
     what, read = ("slice", read_slice) if train else ("case", read_volume)
     cases = tuple(
-        Case(name, partial(read, request.place(what, number, len(names)), root / folder / f"{name}{ending}"))
+        Case(
+            f"{what} {number}",
+            partial(read, request.place(what, number, len(names)), root / folder / f"{name}{ending}"),
+            patient=name.partition("_slice")[0],
+        )
         for number, name in enumerate(names, 1)
     )
     return Dataset(request.kind, request.own(CLASSES), cases)
