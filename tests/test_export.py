@@ -983,7 +983,7 @@ def test_images_that_allow_no_judgement_are_enough_for_fp32_and_for_no_other_pre
         if precision == "fp32":
             parity.require("x fp32", found, precision)
         else:
-            with pytest.raises(ExportError, match=f"^parity of x {precision}: no image has 500 pixels of a foreground"):
+            with pytest.raises(ExportError, match=f"^parity of x {precision}: no image has 500 pixels of foreground"):
                 parity.require(f"x {precision}", found, precision)
 
 
@@ -995,7 +995,7 @@ def test_fp32_whose_logits_are_off_fails_though_its_images_allow_no_judgement() 
         parity.require("x fp32", found, "fp32")
     assert str(caught.value).startswith(
         "parity of x fp32: largest logit difference 1.00e-02, equal pixels 100.0000%: fp32 needs 5.00e-04 and 99.99%; "
-        "no image has 500 pixels of a foreground class in the reference mask"
+        "no image has 500 pixels of foreground in the reference mask"
     )
 
 
