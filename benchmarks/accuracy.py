@@ -69,7 +69,7 @@ class Tally:
     rows: list[dict[str, Any]] = field(default_factory=list)  # one a case and class
     counts: dict[tuple[str, str], NDArray[np.int64]] = field(default_factory=dict)  # TP FP FN TN by group and class
     parity: list[ImageParity] = field(default_factory=list)  # one a frame
-    worst: list[tuple[float, str, int]] = field(default_factory=list)  # mean Dice, case, its index
+    worst: list[tuple[float, int]] = field(default_factory=list)  # mean Dice of a case, its index
     free: list[tuple[str, bool]] = field(default_factory=list)  # frames without a lesion: group, whether a false alarm
 
 
@@ -101,7 +101,7 @@ def add_case(
     for mask, truth in zip(masks, labels, strict=True):
         if not truth.any():
             tally.free.append((case.group, int((mask > 0).sum()) > FALSE_PIXELS))
-    tally.worst.append((mean([scores.dice for scores in found]), case.name, index))
+    tally.worst.append((mean([scores.dice for scores in found]), index))
 
 
 def unit_of(volume: Volume, protocol: Protocol) -> str:
@@ -198,8 +198,7 @@ def measure(
     output   folder for `accuracy.json`, `accuracy.csv` and the worst cases drawn
     data     what the report calls the data, without a path; its kind if ""
 
-    Raises DataError if a case has no labels, and RuntimeUnavailableError for a
-    runtime that was named and cannot run.
+    Raises DataError if a case has no labels, and RuntimeUnavailableError for a runtime that was named and cannot run.
     """
     predictors, skipped = _load(path, runtimes, threads)
     reference = predictors.get("pytorch fp32") or next(
@@ -301,7 +300,7 @@ def _draw_worst(
         old.unlink()
     defined = sorted((each for each in tally.worst if not math.isnan(each[0])), key=lambda each: each[0])
     classes = reference.bundle.manifest.classes
-    for rank, (_, _, index) in enumerate(defined[:WORST], 1):
+    for rank, (_, index) in enumerate(defined[:WORST], 1):
         volume = dataset.cases[index].read()
         assert volume.labels is not None
         segment = segments[reference.artifact.name]

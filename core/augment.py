@@ -63,8 +63,8 @@ def augmentation(name: str, size: int) -> Compose:
 
 
 def _public(size: int) -> dict[str, Any]:
-    """The public code's transforms. MONAI's affine ranges are of the map from output to input, which is symmetric for
-    all here but the scale.
+    """The public code's transforms by name. MONAI's affine ranges are of the map from output to input, so the scale is
+    a zoom of its own; the other ranges are symmetric.
     """
     degrees = math.pi / 180
     modes = ("bilinear", "nearest")

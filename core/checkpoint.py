@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,25 @@ class Checkpoint:
     path: Path
     state: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
+
+    def listed(self, key: str, default: list[Any]) -> list[Any]:
+        """A list of numbers, or of names for "classes", from the metadata, which anybody can have written.
+
+        Raises CheckpointError for anything else.
+        """
+        if key not in self.metadata:
+            return default
+        kind = str if key == "classes" else (int, float)
+        try:
+            found = json.loads(self.metadata[key])
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
+            shown = self.metadata[key][:40]
+            raise CheckpointError(
+                self.path, f"its metadata {key!r} is {shown!r}", "expected a JSON list", f"Give --{key} instead."
+            )
+        return found
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -208,7 +228,7 @@ def load_encoder(model: MSA2Net, checkpoint: Checkpoint) -> None:
     """Fills the encoder from an ImageNet MaxViT's file, such as timm's `maxvit_rmlp_small_rw_224.sw_in1k`.
 
     Its keys are the encoder's without "backbone.backbone."; those of its classifier ("head.") are left out. Strict:
-    raises CheckpointError listing missing, unexpected and mis-shaped keys, and the network is as it was.
+    raises CheckpointError listing missing, unexpected, mis-shaped or infinite ones, and the network is as it was.
     """
     prefix = "backbone.backbone."
     found = {

@@ -496,11 +496,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         if "resize" in read.metadata and "resize" not in given:
             chosen["resize"] = read.metadata["resize"]
         for key in {"mean", "std"} & read.metadata.keys() - given.keys():
-            try:
-                chosen[key] = tuple(float(number) for number in json.loads(read.metadata[key]))
-            except (TypeError, ValueError) as error:
-                found = f"its metadata {key!r} is {read.metadata[key][:40]!r}"
-                raise CheckpointError(read.path, found, "expected a JSON list", f"Give --{key} instead.") from error
+            chosen[key] = tuple(read.listed(key, []))
     settings = Settings(**chosen)
     _check(settings)
     return settings

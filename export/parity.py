@@ -17,7 +17,7 @@ from msa2net.core.network import MSA2Net
 from msa2net.core.phantoms import KINDS, phantom
 from msa2net.errors import DataError, ExportError, FrameError
 from msa2net.runtimes import postprocess, preprocess
-from msa2net.runtimes.bundle import ClassInfo, Manifest
+from msa2net.runtimes.bundle import ClassInfo, Manifest, has_passed
 from msa2net.runtimes.measure import ImageParity, image_parity, judge
 
 PHANTOM_SEED = 2_000_000  # apart from training, validation and test
@@ -171,11 +171,8 @@ def logit_limit(largest_logit: float) -> float:
 
 
 def require(artifact: str, figures: dict[str, Any], precision: str) -> None:
-    """Raises ExportError with the figures unless the artifact has passed.
-
-    In fp32 images that allow no judgement by Dice do not matter: the logits have been compared.
-    """
-    if figures["verdict"] in ("high", "standard") or (figures["verdict"] == "unjudged" and precision == "fp32"):
+    """Raises ExportError with the figures unless the artifact has passed."""
+    if has_passed(figures["verdict"], precision):
         return
     raise ExportError(
         f"parity of {artifact}",

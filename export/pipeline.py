@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from msa2net.core.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint, used_state
+from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
 from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
@@ -24,6 +24,7 @@ from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
 from msa2net.runtimes.backends import backend_class
 from msa2net.runtimes.bundle import (
+    ENLARGE_OF,
     ENLARGE_RULES,
     FITS,
     MANIFEST,
@@ -118,7 +119,7 @@ def export_bundle(
             f"expected one of {', '.join(RESIZE_RULES)}",
             "Give --resize.",
         )
-    names = [each.strip() for each in classes or _said(read, "classes", []) or _class_names(model.config.num_classes)]
+    names = [each.strip() for each in classes or read.listed("classes", []) or _class_names(model.config.num_classes)]
     if len(names) != model.config.num_classes or len(set(names)) != len(names):
         raise ExportError(
             "classes", f"got {', '.join(names)}", f"expected {model.config.num_classes} different names", "Name all."
@@ -127,8 +128,8 @@ def export_bundle(
         "height": IMAGE_SIZE,
         "width": IMAGE_SIZE,
         "channels": channels,
-        "mean": _per_channel("mean", mean or _said(read, "mean", [0.5]), channels),
-        "std": _positive(_per_channel("std", std or _said(read, "std", [0.5]), channels)),
+        "mean": _per_channel("mean", mean or read.listed("mean", [0.5]), channels),
+        "std": _positive(_per_channel("std", std or read.listed("std", [0.5]), channels)),
         "resize": resize,
         "fit": fit,
     }
@@ -145,7 +146,7 @@ def export_bundle(
         "classes": [{"name": names[0], "color": [0, 0, 0]}]
         + [{"name": each, "color": list(_COLORS[i % len(_COLORS)])} for i, each in enumerate(names[1:])],
         "input": contract,
-        "output": {"enlarge": enlarge or ("aligned" if resize == "spline" else "nearest")},
+        "output": {"enlarge": enlarge or ENLARGE_OF[resize]},
         "artifacts": [],
         "golden": [],
     }
@@ -210,23 +211,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _said(read: Checkpoint, key: str, default: list[Any]) -> list[Any]:
-    """A list from the checkpoint's metadata, which anybody can have written."""
-    if key not in read.metadata:
-        return default
-    kind = str if key == "classes" else (int, float)
-    try:
-        found = json.loads(read.metadata[key])
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(each, kind) for each in found):
-        shown = read.metadata[key][:40]
-        raise CheckpointError(
-            read.path, f"its metadata {key!r} is {shown!r}", "expected a JSON list", f"Give --{key} instead."
-        )
-    return found
 
 
 def _class_names(count: int) -> list[str]:

@@ -28,6 +28,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
+ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
 VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
@@ -97,8 +98,8 @@ class Artifact:
 
     @property
     def passed(self) -> bool:
-        """Whether it may be picked for a user. In fp32 the logits have been compared, if masks allowed no judgement."""
-        return self.accuracy in ("high", "standard") or (self.accuracy == "unjudged" and self.precision == "fp32")
+        """Whether it may be picked for a user."""
+        return has_passed(self.accuracy, self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,11 @@ class Manifest:
     enlarge: str
     artifacts: tuple[Artifact, ...]
     golden: tuple[GoldenEntry, ...]
+
+
+def has_passed(verdict: str, precision: str) -> bool:
+    """Whether the verdict is good enough. In fp32 the logits have been compared, if masks allowed no judgement."""
+    return verdict in ("high", "standard") or (verdict == "unjudged" and precision == "fp32")
 
 
 class _Node:

@@ -72,11 +72,13 @@ def to_mask(
     small = (inside[1] > inside[0]).astype(np.uint8) if len(inside) == 2 else inside.argmax(0).astype(np.uint8)
     if small.shape == size:
         return small
-    rows, columns = _nearest(small.shape, size, enlarge)
+    rows, columns = nearest_grid(small.shape, size, enlarge)
     return small[rows[:, None], columns]
 
 
-def _nearest(source: tuple[int, ...], size: tuple[int, int], enlarge: str) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def nearest_grid(
+    source: tuple[int, ...], size: tuple[int, int], enlarge: str
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Rows and columns of `source` for each row and column of `size`."""
     index = aligned_index if enlarge == "aligned" else nearest_index
     return index(source[0], size[0]), index(source[1], size[1])
@@ -109,5 +111,5 @@ def to_probabilities(
         return probabilities
     if enlarge == "bilinear":
         return resize(probabilities.transpose(1, 2, 0), "bilinear", *size)
-    rows, columns = _nearest(probabilities.shape[1:], size, enlarge)
+    rows, columns = nearest_grid(probabilities.shape[1:], size, enlarge)
     return probabilities[:, rows[:, None], columns]

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from msa2net.core.config import IMAGE_SIZE
 from msa2net.core.data.cases import Case, Dataset
 from msa2net.errors import DataError
-from msa2net.runtimes.bundle import InputContract
-from msa2net.runtimes.postprocess import aligned_index, nearest_index
+from msa2net.runtimes.bundle import ENLARGE_OF, InputContract
+from msa2net.runtimes.postprocess import nearest_grid
 from msa2net.runtimes.preprocess import check_frame, to_tensor
 
 _FEW = 64  # cases that are read in this process: starting others takes longer
@@ -59,8 +59,8 @@ def _read(case: Case, resize: str) -> list[tuple[NDArray[np.float16], NDArray[np
     for frame, labels in zip(volume.frames, volume.labels, strict=True):
         pixels = check_frame(frame, volume.bits)
         image = to_tensor(pixels, _contract(3 if pixels.ndim == 3 else 1, resize), volume.bits)[0]
-        index = aligned_index if resize == "spline" else nearest_index  # the grid that the image is resized on
-        rows, columns = (index(source, IMAGE_SIZE) for source in labels.shape)
+        # On the grid that the image is resized on.
+        rows, columns = nearest_grid(labels.shape, (IMAGE_SIZE, IMAGE_SIZE), ENLARGE_OF[resize])
         found.append((image.astype(np.float16), labels[rows[:, None], columns]))
     return found
 
