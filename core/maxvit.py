@@ -111,24 +111,30 @@ class RelativePosition(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention among the T tokens of each set. (sets, T, C) -> (sets, T, C)."""
+    """Multi-head attention among the T tokens of each set. (sets, T, C), or (sets * T, C) -> the same."""
 
     def __init__(self, channels: int, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
         self.heads = channels // head_width
+        self.scale = head_width**-0.5
         self.qkv = nn.Linear(channels, 3 * channels)
         self.rel_pos: nn.Module = RelativePosition(self.heads)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        sets, tokens, channels = x.shape
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sets, h, T, d) each."""
         # Head-major: head j owns outputs 3dj .. 3d(j+1)-1, its q, then its k, then its v.
-        qkv = self.qkv(x).view(sets, tokens, self.heads, 3 * self.head_width).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=-1)  # (sets, h, T, d) each
-        scores = (q * self.head_width**-0.5) @ k.transpose(-2, -1) + self.rel_pos()
-        out = scores.softmax(-1) @ v
-        return self.proj(out.transpose(1, 2).reshape(sets, tokens, channels))
+        qkv = self.qkv(x).view(-1, TOKENS, self.heads, 3 * self.head_width).transpose(1, 2)
+        q, k, v = qkv.chunk(3, dim=-1)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.queries_keys_values(x)
+        if self.scale != 1:  # it is 1 once folded into the weights, see core/rewrites
+            q = q * self.scale
+        scores = q @ k.transpose(-2, -1) + self.rel_pos()
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
 
 
 class LayerScale(nn.Module):

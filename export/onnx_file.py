@@ -10,7 +10,6 @@ import onnx
 import torch
 
 from msa2net.core.config import IMAGE_SIZE
-from msa2net.core.deploy import store_position_bias
 from msa2net.core.network import MSA2Net
 from msa2net.errors import ExportError
 
@@ -18,7 +17,7 @@ OPSET, IR_VERSION = 20, 10
 
 
 def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
-    """Writes the network as `image` (1, channels, 224, 224) float32 -> `logits` (1, K, 224, 224); returns versions.
+    """Writes a network as `image` (1, channels, 224, 224) float32 -> `logits` (1, K, 224, 224); returns versions.
 
     Raises ExportError if the exporter leaves anything but standard operators with weights inside.
     """
@@ -26,7 +25,7 @@ def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
     with warnings.catch_warnings(), _Quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # of torch's own internals
         program = torch.onnx.export(
-            store_position_bias(model),
+            model,
             (example,),
             dynamo=True,
             opset_version=OPSET,

@@ -19,6 +19,7 @@ from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint
 from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
+from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.export.writer import check_target, new_bundle
@@ -239,26 +240,21 @@ def _write_models(
 ) -> dict[str, dict[str, str]]:
     """Writes the models of `runtimes`; returns the versions of the tools that wrote each."""
     versions: dict[str, dict[str, str]] = {}
-    onnx_path = folder / _FILES["onnxruntime"][0]
-    onnx_versions: dict[str, str] = {}
-    if {"onnxruntime", "openvino"} & set(runtimes):
-        bar.set_postfix_str("ONNX")
-        onnx_versions = onnx_file.write(model, channels, onnx_path)
     for runtime in runtimes:
         bar.set_postfix_str(runtime)
-        if runtime == "pytorch":
-            path = folder / _FILES[runtime][0]
-            path.parent.mkdir()
+        path = folder / _FILES[runtime][0]
+        path.parent.mkdir()
+        if runtime == "pytorch":  # its backend rewrites the network as it loads
             save_checkpoint(path, used_state(model))
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
         elif runtime == "onnxruntime":
-            versions[runtime] = onnx_versions
+            versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, path)
         else:
-            versions[runtime] = onnx_versions | openvino_ir.write(onnx_path, folder / _FILES[runtime][0])
+            between = path.with_suffix(".onnx")
+            versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, between)
+            versions[runtime] |= openvino_ir.write(between, path)
+            between.unlink()
         bar.update()
-    if "onnxruntime" not in runtimes and onnx_path.exists():
-        onnx_path.unlink()
-        onnx_path.parent.rmdir()
     return versions
 
 

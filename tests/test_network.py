@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from msa2net.core.checkpoint import model_by_rule, rule_value, used_state
 from msa2net.core.config import IMAGE_SIZE, VARIANTS, ModelConfig, variant_name
 from msa2net.core.decoder import ChannelAttention
-from msa2net.core.deploy import store_position_bias
 from msa2net.core.masag import MASAG
 from msa2net.core.maxvit import LayerScale, RelativePosition
 from msa2net.core.network import MSA2Net, is_unused
@@ -398,27 +397,6 @@ def test_layer_scales_start_as_in_the_public_code() -> None:
     scales = {p.detach().unique().item() for name, p in model.named_parameters() if "layer_scale" in name}
     assert gammas == {np.float32(1e-6).item()}
     assert scales == {np.float32(1e-2).item()}
-
-
-# The position table ---------------------------------------------------------------------------------------------
-
-
-@every_form
-def test_storing_the_position_bias_changes_no_bit_and_leaves_the_argument_alone(form: str) -> None:
-    model = tiny(form)
-    x = seeded((1, 3, 224, 224), 1)
-    rewritten = store_position_bias(model)
-    left = [name for name, module in rewritten.named_modules() if isinstance(module, RelativePosition)]
-    kept = [name for name, module in model.named_modules() if isinstance(module, RelativePosition)]
-    assert left == []
-    assert len(kept) == 8  # four stages of one block, each with two attention layers
-    with torch.inference_mode():
-        assert torch.equal(rewritten(x), model(x))
-
-
-def test_a_network_in_training_mode_has_no_position_table() -> None:
-    with pytest.raises(ValueError, match=r"^model: got training mode, expected evaluation mode. Call model.eval\(\)"):
-        store_position_bias(tiny("lka").train())
 
 
 # Configuration --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PyTorch, eager: the reference network itself."""
+"""PyTorch, eager: the reference network, rewritten for inference as it loads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class PyTorchBackend:
     def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
         from msa2net.core.checkpoint import Checkpoint, load_model
         from msa2net.core.config import ModelConfig
+        from msa2net.core.rewrites import EAGER_ONLY, apply, chosen
 
         require_fp32_cpu("pytorch", device, precision)
         if torch.get_float32_matmul_precision() != "highest":
@@ -32,17 +33,24 @@ class PyTorchBackend:
         torch.set_num_threads(threads)
         checkpoint = Checkpoint(Path("torch/weights.safetensors"), load_file(files[0]))
         self._model = load_model(checkpoint, ModelConfig.from_json(manifest.model_config))
+        (dtype,) = {parameter.dtype for parameter in self._model.parameters()}
+        packed: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        apply(self._model, (name for name in chosen("pytorch") if packed or name not in EAGER_ONLY))
         self.facts = Facts(
             version=torch.__version__,
             device="CPU",
-            provider="eager",
-            precision={torch.float32: "fp32"}[next(self._model.parameters()).dtype],
+            provider="eager, oneDNN" if packed else "eager",
+            precision={torch.float32: "fp32"}[dtype],
             threads=torch.get_num_threads(),
         )
+        contract = manifest.input
+        # The first call packs weights, which two threads may not do at once.
+        self.infer(np.zeros((1, contract.channels, contract.height, contract.width), np.float32))
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        image = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self._model(torch.from_numpy(x)).numpy()
+            logits: NDArray[np.float32] = self._model(image).contiguous().numpy()
         return logits
 
     def close(self) -> None:

@@ -1,0 +1,63 @@
+"""The deploy form: exact inference-time rewrites of the network, the same function in real arithmetic but faster.
+
+One file each, with its equation. `rewritten(model, names)` applies some of them by name; which of them a runtime gets
+is measured (`python -m benchmarks.rewrites`) and stands in `chosen.json`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.resources import files
+
+import torch
+
+from msa2net.core.network import MSA2Net
+
+# In the order in which they are applied.
+NAMES = (
+    "position_table",
+    "batch_norm",
+    "attention_scale",
+    "layer_scale",
+    "norm_affine",
+    "attention_heads",
+    "lka_block",
+    "gate_selection",
+    "last_expansion",
+    "window_order",
+    "packed_products",
+)
+
+
+# For PyTorch alone: no exporter takes them.
+EAGER_ONLY = ("packed_products",)
+
+
+def chosen(runtime: str) -> tuple[str, ...]:
+    """The rewrites that `runtime` gets."""
+    table = json.loads(files(__name__).joinpath("chosen.json").read_text("utf-8"))
+    return tuple(table[runtime])
+
+
+@torch.no_grad()
+def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
+    """Rewrites the network in place; returns how many sites each rewrite found.
+
+    Raises ValueError for an unknown name, and for a network in training mode: its BatchNorms and dropout are live.
+    """
+    if model.training:
+        raise ValueError("model: got training mode, expected evaluation mode. Call model.eval() first.")
+    names = set(names)
+    if unknown := sorted(names - set(NAMES)):
+        raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+    return {name: import_module(f"{__name__}.{name}").apply(model) for name in NAMES if name in names}
+
+
+def rewritten(model: MSA2Net, names: Iterable[str]) -> MSA2Net:
+    """A rewritten copy of the network; see `apply`."""
+    model = copy.deepcopy(model)
+    apply(model, names)
+    return model
