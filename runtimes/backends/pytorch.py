@@ -1,25 +1,45 @@
-"""PyTorch, eager: the reference network itself."""
+"""PyTorch, eager: the reference network itself, on weights mapped from the bundle's file. Nothing is compiled."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, require_fp32_cpu
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import Slot
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """What a layer leaves unfilled for its initialisation gets no memory; constants that are computed do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
 class PyTorchBackend:
     """See `msa2net.runtimes.backends`. `threads` holds for the whole process, as PyTorch has only one such setting."""
 
-    def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
-        from msa2net.core.checkpoint import Checkpoint, load_model
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        manifest: Manifest,
+        device: str,
+        precision: str,
+        threads: int,
+        slot: Slot | None = None,
+    ) -> None:
         from msa2net.core.config import ModelConfig
+        from msa2net.core.network import MSA2Net, is_unused
 
         require_fp32_cpu("pytorch", device, precision)
         if torch.get_float32_matmul_precision() != "highest":
@@ -30,8 +50,15 @@ class PyTorchBackend:
                 "Call torch.set_float32_matmul_precision('highest').",
             )
         torch.set_num_threads(threads)
-        checkpoint = Checkpoint(Path("torch/weights.safetensors"), load_file(files[0]))
-        self._model = load_model(checkpoint, ModelConfig.from_json(manifest.model_config))
+        config = ModelConfig.from_json(manifest.model_config)
+        state = load_file(files[0])  # mapped
+        with _WithoutWeights():
+            model = MSA2Net(config)
+        for key, value in model.state_dict().items():
+            if key not in state and is_unused(key, config):
+                state[key] = torch.zeros((), dtype=value.dtype).expand(value.shape)
+        model.load_state_dict(state, assign=True)  # strict: every key, in its shape
+        self._model = model.eval()
         self.facts = Facts(
             version=torch.__version__,
             device="CPU",
@@ -39,6 +66,10 @@ class PyTorchBackend:
             precision={torch.float32: "fp32"}[next(self._model.parameters()).dtype],
             threads=torch.get_num_threads(),
         )
+
+    @staticmethod
+    def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
+        return None
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
