@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import stat
 import tempfile
@@ -34,7 +33,7 @@ ENTRY = "entry.json"
 FORMAT = 1  # of an entry, and of what the backends write into one: a change of either is a new number
 MOST_ENTRIES, MOST_BYTES = 8, 4 << 30
 _BLOCK = 1 << 25  # what one digest covers; several are computed at once
-_READ = 1 << 20
+_READ = 1 << 18
 _PARTIAL, _DEAD = ".partial-", ".dead-"
 
 
@@ -63,7 +62,7 @@ def processor() -> str:
         )
 
         lines |= {name for name, there in features.items() if there}
-    return "\n".join([platform.machine(), *sorted(lines)])
+    return "\n".join([os.uname().machine, *sorted(lines)])
 
 
 class Entry:
@@ -123,10 +122,11 @@ class Slot:
 
     hit       whether the model came from here
     problem   why there is no use of it, or ""
+    confirm   called before anything is compiled; what it raises ends the matter
     """
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, facts: Mapping[str, Any], confirm: Callable[[], object] = lambda: None) -> None:
+        self.folder, self._confirm = folder, confirm
         self.facts = {"format": FORMAT, "processor": processor(), **facts}
         key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self.path = folder / key[:32]
@@ -145,7 +145,8 @@ class Slot:
     def use(self, load: Callable[[Entry], T], write: Callable[[Path], None]) -> T | None:
         """The model, loaded from the entry; from one that `write` first puts into a folder, if there is none.
 
-        None if that fails; the reason is `problem`. Whatever `load` needs of the entry it must map or read.
+        None if that fails; the reason is `problem`. Whatever `load` needs of the entry it must map or read. Raises what
+        `confirm` does.
         """
         if self._entry:
             try:
@@ -159,6 +160,7 @@ class Slot:
                 return model
             finally:
                 self.close()
+        self._confirm()
         if self.problem:
             return None
         try:
@@ -273,9 +275,9 @@ def _digests(files: Mapping[str, BufferedReader]) -> dict[str, list[str]]:
 
     def digest(block: tuple[str, int]) -> str:
         name, start = block
-        descriptor, total = files[name].fileno(), hashlib.sha256()
+        descriptor, total, buffer = files[name].fileno(), hashlib.sha256(), memoryview(bytearray(_READ))
         for offset in range(start, start + _BLOCK, _READ):
-            total.update(os.pread(descriptor, _READ, offset))
+            total.update(buffer[: os.preadv(descriptor, [buffer], offset)])
         return total.hexdigest()
 
     found: dict[str, list[str]] = {name: [] for name in files}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -210,12 +211,13 @@ class Predictor:
             warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
         threads = threads or default_threads()
         with ExitStack() as stack:
-            # Hashing takes as long as importing the runtime and loading the model, and needs no Python meanwhile.
-            with ThreadPoolExecutor(1) as pool:
-                checked = pool.submit(stack.enter_context, bundle.open_artifact(artifact))
-                backend_type = backend_class(artifact.runtime)
-                slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads))
-                files = checked.result()
+            files, check = stack.enter_context(bundle.open_unchecked(artifact))
+            # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
+            checked = stack.enter_context(ThreadPoolExecutor(1)).submit(check)
+            backend_type = backend_class(artifact.runtime)
+            slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads), checked.result)
+            if not slot:
+                checked.result()
             try:
                 backend = backend_type(files, bundle.manifest, device, precision, threads, slot)
             except Msa2NetError:
@@ -230,6 +232,7 @@ class Predictor:
             finally:
                 if slot:
                     slot.close()
+                checked.result()  # whatever came of it, a changed file is what there is to say
         if slot and slot.problem:
             warnings.warn(
                 f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
@@ -401,6 +404,7 @@ def _slot(
     artifact: Artifact,
     device: str,
     facts: dict[str, Any] | None,
+    confirm: Callable[[], object],
 ) -> Slot | None:
     """The compiled model's place in the cache, an entry found there already checked; None if nothing is to be kept."""
     if facts is None or cache is False:
@@ -410,4 +414,4 @@ def _slot(
         return None
     about = {"bundle": bundle.digest, "files": [file.sha256 for file in artifact.files]}
     about |= {"runtime": artifact.runtime, "precision": artifact.precision, "device": device}
-    return Slot(folder, about | facts)
+    return Slot(folder, about | facts, confirm)

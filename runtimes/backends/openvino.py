@@ -5,14 +5,15 @@ On the CPU the compiled graph is kept in the cache; its weights stay in the bund
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
@@ -20,6 +21,25 @@ from msa2net.runtimes.backends import Facts
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
+
+def _import_openvino() -> Any:
+    """The package without its model converter, which brings a telemetry client and doubles the time of the import.
+
+    The package takes its absence for granted; `openvino.convert_model` imports it when it is called.
+    """
+    converter = "openvino.tools.ovc"
+    if "openvino" in sys.modules or converter in sys.modules:
+        return importlib.import_module("openvino")
+    sys.modules[converter] = None  # type: ignore[assignment]
+    try:
+        package: Any = importlib.import_module("openvino")
+    finally:
+        del sys.modules[converter]
+    package.convert_model = lambda *given, **named: importlib.import_module(converter).convert_model(*given, **named)
+    return package
+
+
+openvino = _import_openvino()
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
 _BLOB = "model.blob"
 _GRAPH_ALONE = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # an exported model refers to its weights' file
