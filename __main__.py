@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from msa2net.errors import FrameError, Msa2NetError
-from msa2net.runtimes import AccuracyLossWarning, DemoModelWarning, Predictor, Segmentation
+from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.backends import RUNTIMES
 from msa2net.runtimes.bundle import ENLARGE_RULES, PRECISIONS, RESIZE_RULES, Bundle
 from msa2net.runtimes.images import read_frames
@@ -283,7 +283,11 @@ def main(argv: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module="msa2net")
-        for category in (DemoModelWarning, AccuracyLossWarning):  # by `python -m` they come from the module __main__
+        for category in (
+            DemoModelWarning,
+            AccuracyLossWarning,
+            CacheWarning,
+        ):  # by `python -m` they come from the module __main__
             warnings.simplefilter("always", category)
         try:
             code: int = arguments.run(arguments)

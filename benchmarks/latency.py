@@ -1,7 +1,7 @@
 """Latency of every runtime and precision of a bundle that can run here: `python -m benchmarks.latency`.
 
 All are loaded in one process and timed in interleaved rounds, so that a drifting machine hits all alike. Each must pass
-its golden frames first. Start-up time and peak memory come from a process of each runtime's own.
+its golden frames first. Start-up time and memory come from processes of each runtime's own, with a cache of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,21 +38,23 @@ from msa2net.runtimes.predictor import DEMO_BUNDLE
 FRAME_SIZE = (480, 640)
 # Between two calls, so that the threads of the runtime before have stopped spinning.
 PAUSE_SECONDS = 0.004
+STARTS = ("first", "second")  # with an empty cache, and with what the first has left there
 FLOOR_EVERY = 8  # rounds; a 2048-cubed product takes as long as several frames of the demo
 
-# Its arguments are the bundle, runtime, precision, threads and the frame's file.
+# Its arguments are the bundle, runtime, precision, threads, cache and the frame's file.
 _CHILD = """
 import sys, time, warnings
 warnings.simplefilter("ignore")
 import numpy
 from msa2net import Predictor
-bundle, runtime, precision, threads, frame = sys.argv[1:]
-predictor = Predictor.load(bundle, runtime=runtime, precision=precision, threads=int(threads))
+bundle, runtime, precision, threads, cache, frame = sys.argv[1:]
+predictor = Predictor.load(bundle, runtime=runtime, precision=precision, threads=int(threads), cache=cache)
 predictor.predict(numpy.load(frame))
-done = time.time()
-peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-print(done, int(peak[0].split()[1]))
+print(time.time(), predictor.execution.cached, flush=True)
+for _ in range(20):
+    predictor.predict(numpy.load(frame))
 """
+POLL_SECONDS = 0.005
 
 
 def test_frame(bundle: Bundle) -> NDArray[Any]:
@@ -61,16 +64,33 @@ def test_frame(bundle: Bundle) -> NDArray[Any]:
     return np.ascontiguousarray(frame[rows[:, None], columns])
 
 
-def start_up(path: Path, entry: Artifact, threads: int, frame: Path) -> tuple[float, float]:
-    """Seconds from the start of a new process to its first mask, and its peak memory in MB."""
-    arguments = [str(path), entry.runtime, entry.precision, str(threads), str(frame)]
-    start = time.time()
-    child = subprocess.run([sys.executable, "-c", _CHILD, *arguments], capture_output=True, text=True)
+def start_up(path: Path, entry: Artifact, threads: int, frame: Path, cache: Path) -> tuple[float, float]:
+    """A new process: seconds from its start to its first mask, and the largest anonymous memory in MB until 20 more.
+
+    Anonymous memory is what the system cannot drop and read again from a file, as it can the mapped weights.
+    """
+    arguments = [str(path), entry.runtime, entry.precision, str(threads), str(cache), str(frame)]
+    start, peak = time.time(), 0
+    with subprocess.Popen(
+        [sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        while child.poll() is None:
+            peak = max(peak, _anonymous(child.pid))
+            time.sleep(POLL_SECONDS)
+        out, err = child.communicate()
     if child.returncode:
-        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        last = (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise Msa2NetError(f"{entry.runtime} {entry.precision}", f"fails in a process of its own ({last})")
-    done, peak = child.stdout.split()
-    return float(done) - start, int(peak) / 1000
+    return float(out.split()[0]) - start, peak / 1e6
+
+
+def _anonymous(process: int) -> int:
+    """Bytes of a process's anonymous memory; 0 when it has ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def rounds_for(predictors: dict[str, Predictor], frame: NDArray[Any], seconds: float) -> int:
@@ -127,7 +147,7 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
         if not entry.available:
             skipped.append({"runtime": entry.runtime, "precision": entry.precision, "reason": entry.reason})
             continue
-        predictor = Predictor.load(path, runtime=entry.runtime, precision=entry.precision, threads=threads)
+        predictor = Predictor.load(path, runtime=entry.runtime, precision=entry.precision, threads=threads, cache=False)
         tested = predictor.self_test()
         if not tested.passed:
             raise Msa2NetError(name, str(tested), "expected a pass before it is timed", "Run msa2net verify.")
@@ -151,13 +171,17 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
     )
     products = {name: samples[name] for name in floor}
     rows = [row(predictors[name], samples[name]) | {"parity": parity[name]} for name in predictors]
-    starts: dict[str, list[tuple[float, float]]] = {name: [] for name in predictors}
+    starts: dict[str, list[tuple[float, float]]] = {f"{which} {name}": [] for which in STARTS for name in predictors}
     with tempfile.TemporaryDirectory() as folder:
         frame_file = Path(folder) / "frame.npy"
         np.save(frame_file, frame)
-        for _ in tqdm(range(1 if quick else 3), "start-up", unit="round", disable=None):
+        for number in tqdm(range(1 if quick else 3), "start-up", unit="round", disable=None):
             for name, predictor in predictors.items():
-                starts[name].append(start_up(path, predictor.artifact, threads, frame_file))
+                cache = Path(folder) / f"cache {number} {name}"  # empty at the first start
+                for which in STARTS:
+                    measured = start_up(path, predictor.artifact, threads, frame_file, cache)
+                    starts[f"{which} {name}"].append(measured)
+                shutil.rmtree(cache, ignore_errors=True)
 
     operations = machine.multiply_adds(bundle.manifest)
     fastest = min(products, key=lambda name: statistics.median(products[name]))
@@ -167,8 +191,11 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
     for each, name in zip(rows, predictors, strict=True):
         each["speedup_over_eager"] = eager / each["p50"] if eager else None
         each["inference_over_floor"] = each["inference"] / floor_ms if floor_ms else None
-        each["first_mask_seconds"] = statistics.median(seconds for seconds, _ in starts[name])
-        each["peak_megabytes"] = statistics.median(peak for _, peak in starts[name])
+        for which in STARTS:
+            seconds, peaks = zip(*starts[f"{which} {name}"], strict=True)
+            each[f"{which}_start_seconds"] = statistics.median(seconds)
+            each[f"{which}_start_anonymous_megabytes"] = statistics.median(peaks)
+            each[f"{which}_start_samples"] = starts[f"{which} {name}"]
     for predictor in predictors.values():
         predictor.close()
     return {
@@ -212,7 +239,8 @@ def table(result: dict[str, Any]) -> str:
             f"({floor['product']}) = {floor['milliseconds']:.1f} ms"
         )
     heads: tuple[str, ...] = ("runtime", "precision", "p50 ms", "p90", "p99", "n", "fps", "pre", "infer", "post")
-    heads += ("x eager", "x floor", "1st mask s", "peak MB", "size MB", "equal px")
+    heads += ("x eager", "x floor", "1st start s", "2nd", "1st anon MB", "x size", "2nd", "x size")
+    heads += ("size MB", "equal px")
     rows = [
         (
             each["runtime"],
@@ -227,8 +255,12 @@ def table(result: dict[str, Any]) -> str:
             shown(each["postprocess"], ".1f"),
             shown(each["speedup_over_eager"], ".2f"),
             shown(each["inference_over_floor"], ".2f"),
-            shown(each["first_mask_seconds"], ".2f"),
-            shown(each["peak_megabytes"], ".0f"),
+            shown(each["first_start_seconds"], ".2f"),
+            shown(each["second_start_seconds"], ".2f"),
+            shown(each["first_start_anonymous_megabytes"], ".0f"),
+            shown(each["first_start_anonymous_megabytes"] / each["megabytes"], ".2f"),
+            shown(each["second_start_anonymous_megabytes"], ".0f"),
+            shown(each["second_start_anonymous_megabytes"] / each["megabytes"], ".2f"),
             shown(each["megabytes"], ".1f"),
             shown(each["parity"]["pixel_agreement"], ".3%"),
         )

@@ -1,5 +1,6 @@
 """What runs on the device: numpy, Pillow and one runtime. Importing this imports no runtime."""
 
+from msa2net.runtimes.cache import CacheWarning
 from msa2net.runtimes.predictor import (
     AccuracyLossWarning,
     Availability,
@@ -14,6 +15,7 @@ from msa2net.runtimes.predictor import (
 __all__ = [
     "AccuracyLossWarning",
     "Availability",
+    "CacheWarning",
     "DemoModelWarning",
     "Execution",
     "Predictor",

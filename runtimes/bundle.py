@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -421,18 +421,29 @@ class Bundle:
     @contextmanager
     def open(self, relative: str) -> Iterator[BufferedReader]:
         """The file, open for reading and with its digest already held against the sums."""
+        with self._opened(relative) as file:
+            self._check(relative, file)
+            yield file
+
+    @contextmanager
+    def _opened(self, relative: str) -> Iterator[BufferedReader]:
         self._check_listed(relative)
         with ExitStack() as stack:
             try:
                 file = stack.enter_context((self.path / relative).open("rb"))
-                found = digest_of(file)
             except OSError as error:
                 raise _unreadable(relative, error) from error
-            if found != self.sums[relative]:
-                raise BundleError(
-                    relative, f"changed: SHA-256 {found[:12]}…", f"expected {self.sums[relative][:12]}…", _COPY_ANEW
-                )
             yield file
+
+    def _check(self, relative: str, file: BufferedReader) -> None:
+        try:
+            found = digest_of(file)
+        except OSError as error:
+            raise _unreadable(relative, error) from error
+        if found != self.sums[relative]:
+            raise BundleError(
+                relative, f"changed: SHA-256 {found[:12]}…", f"expected {self.sums[relative][:12]}…", _COPY_ANEW
+            )
 
     def read(self, relative: str) -> bytes:
         with self.open(relative) as file:
@@ -444,12 +455,27 @@ class Bundle:
 
         They are valid inside the `with` block. Where the system has no /proc/self/fd the files' own paths are given.
         """
+        with self.open_unchecked(artifact) as (paths, check):
+            check()
+            yield paths
+
+    @contextmanager
+    def open_unchecked(self, artifact: Artifact) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
+        """As `open_artifact`, but the digests are checked when the second value is called, in any thread.
+
+        It raises BundleError. Until it has returned, nothing in these files may be parsed and no result given out.
+        """
         with ExitStack() as stack:
-            files = [stack.enter_context(self.open(entry.path)) for entry in artifact.files]
-            descriptors = [f"/proc/self/fd/{file.fileno()}" for file in files]
-            yield tuple(
-                descriptor if os.path.exists(descriptor) else str(self.path / entry.path)
-                for descriptor, entry in zip(descriptors, artifact.files, strict=True)
+            files = {entry.path: stack.enter_context(self._opened(entry.path)) for entry in artifact.files}
+
+            def check() -> None:
+                for relative, file in files.items():
+                    self._check(relative, file)
+
+            paths = {relative: f"/proc/self/fd/{file.fileno()}" for relative, file in files.items()}
+            yield (
+                tuple(path if os.path.exists(path) else str(self.path / relative) for relative, path in paths.items()),
+                check,
             )
 
     def verify(self) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,7 @@ from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, R
 from msa2net.runtimes import images, measure, postprocess, preprocess
 from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
+from msa2net.runtimes.cache import CacheWarning, Slot, default_folder
 
 log = logging.getLogger("msa2net")
 _NOT_PASSED = "failed its accuracy check at export"
@@ -49,7 +53,8 @@ class Execution:
     """What was asked for and what really ran, the latter read back from the runtime.
 
     runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting; accuracy is the
-    verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md).
+    verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md); cached is
+    whether the compiled model came from the cache.
     """
 
     runtime: str
@@ -62,6 +67,7 @@ class Execution:
     precision_asked: str
     accuracy: str
     threads: int
+    cached: bool
     model: str
     model_version: str
     bundle_digest: str
@@ -160,6 +166,7 @@ class Predictor:
         precision: str = "fp32",
         device: str = "CPU",
         threads: int | None = None,
+        cache: str | Path | Literal[False] | None = None,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
@@ -168,7 +175,11 @@ class Predictor:
                     named never falls back to another; if it failed, there is an AccuracyLossWarning.
         precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`.
         device      "CPU"; with OpenVINO any device that it lists
-        threads     for one inference; by default the cores that the process may use
+        threads     for one inference; by default the cores that the process may use, by its affinity and by the quota
+                    of its control groups
+        cache       where what the runtime compiles is kept for the next start: a folder, made if need be; None or
+                    "auto" for $MSA2NET_CACHE, else msa2net in $XDG_CACHE_HOME or ~/.cache; False for nowhere. Where
+                    it cannot be used there is a CacheWarning that says why.
 
         Raises BundleError (damaged, changed, unknown schema) and RuntimeUnavailableError (unknown, not installed,
         no such precision or device, or a model that the runtime cannot load).
@@ -176,6 +187,10 @@ class Predictor:
         if threads is not None and (type(threads) is not int or threads < 1):
             raise RuntimeUnavailableError(
                 "threads", f"got {threads!r}", "expected a whole number of at least 1", "Leave it out."
+            )
+        if cache is not None and cache is not False and not isinstance(cache, str | Path):
+            raise RuntimeUnavailableError(
+                "cache", f"got {cache!r}", "expected a folder, None, 'auto' or False", "Leave it out."
             )
         if precision not in PRECISIONS:
             raise RuntimeUnavailableError(
@@ -194,10 +209,17 @@ class Predictor:
         if not artifact.passed:
             reasons = "; ".join(artifact.shortfalls) or "its images allowed no judgement"
             warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
-        backend_type = backend_class(artifact.runtime)
-        with bundle.open_artifact(artifact) as files:
+        threads = threads or default_threads()
+        with ExitStack() as stack:
+            files, check = stack.enter_context(bundle.open_unchecked(artifact))
+            # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
+            checked = stack.enter_context(ThreadPoolExecutor(1)).submit(check)
+            backend_type = backend_class(artifact.runtime)
+            slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads), checked.result)
+            if not slot:
+                checked.result()
             try:
-                backend = backend_type(files, bundle.manifest, device, precision, threads or default_threads())
+                backend = backend_type(files, bundle.manifest, device, precision, threads, slot)
             except Msa2NetError:
                 raise
             except Exception as error:  # each runtime has its own kinds
@@ -207,6 +229,17 @@ class Predictor:
                     "",
                     "Update the runtime, or export again.",
                 ) from error
+            finally:
+                if slot:
+                    slot.close()
+                checked.result()  # whatever came of it, a changed file is what there is to say
+        if slot and slot.problem:
+            warnings.warn(
+                f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
+                "long as this one. Name another folder, or pass cache=False.",
+                CacheWarning,
+                stacklevel=2,
+            )
         execution = Execution(
             runtime=artifact.runtime,
             runtime_asked=runtime,
@@ -218,6 +251,7 @@ class Predictor:
             precision_asked=precision,
             accuracy=artifact.accuracy,
             threads=backend.facts.threads,
+            cached=slot is not None and slot.hit,
             model=bundle.manifest.model_name,
             model_version=bundle.manifest.model_version,
             bundle_digest=bundle.digest,
@@ -362,3 +396,22 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
         log.info("auto: picked %s", runtime)
         return artifact
     raise RuntimeUnavailableError("runtime 'auto'", f"nothing can run here: {'; '.join(reasons)}", "", "Install one.")
+
+
+def _slot(
+    cache: str | Path | Literal[False] | None,
+    bundle: Bundle,
+    artifact: Artifact,
+    device: str,
+    facts: dict[str, Any] | None,
+    confirm: Callable[[], object],
+) -> Slot | None:
+    """The compiled model's place in the cache, an entry found there already checked; None if nothing is to be kept."""
+    if facts is None or cache is False:
+        return None
+    folder = default_folder() if cache in (None, "auto") else Path(cache)
+    if folder is None:
+        return None
+    about = {"bundle": bundle.digest, "files": [file.sha256 for file in artifact.files]}
+    about |= {"runtime": artifact.runtime, "precision": artifact.precision, "device": device}
+    return Slot(folder, about | facts, confirm)

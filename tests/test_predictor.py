@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -488,6 +491,96 @@ def test_threads_are_passed_on() -> None:
     for runtime in ("onnxruntime", "openvino"):
         with Predictor.load(DEMO_BUNDLE, runtime=runtime, threads=1) as predictor:
             assert predictor.execution.threads == 1
+
+
+V1 = "25 1 0:22 {root} /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct"
+V2 = "25 1 0:22 {root} /sys/fs/cgroup rw - cgroup2 none rw"
+
+
+def system(root: Path, groups: str, mounts: str, files: dict[str, str]) -> Path:
+    """A file system of control groups; `files` are below sys/fs/cgroup."""
+    texts = {"proc/self/cgroup": groups, "proc/self/mountinfo": f"1 0 8:1 / / rw - ext4 /dev/sda rw\n{mounts}\n"}
+    for name, text in (texts | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def v1(quota: int, period: int = 100_000, group: str = "") -> dict[str, str]:
+    return {f"cpu{group}/cpu.cfs_quota_us": f"{quota}\n", f"cpu{group}/cpu.cfs_period_us": f"{period}\n"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "files", "quota"),
+    [
+        ("0::/\n", V2.format(root="/"), {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/a/b\n", V2.format(root="/"), {"a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, 0.5),
+        ("0::/a/b\n", V2.format(root="/"), {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "200000 100000\n"}, 2),
+        ("0::/a\n", V2.format(root="/"), {"a/cpu.max": "max 100000\n"}, math.inf),
+        ("0::/a\n", V2.format(root="/"), {"a/cpu.weight": "100\n"}, math.inf),
+        ("0::/../x\n", V2.format(root="/"), {"cpu.max": "100000 100000\n"}, 1),
+        ("0::/docker/c\n", V2.format(root="/docker/c"), {"cpu.max": "250000 100000\n"}, 2.5),
+        ("0::/docker/c/d\n", V2.format(root="/docker/c"), {"cpu.max": "9 3\n", "d/cpu.max": "4 2\n"}, 2),
+        ("4:cpuacct,cpu:/a\n0::/x\n", V1.format(root="/"), v1(-1) | v1(120_000, group="/a"), 1.2),
+        ("4:cpu,cpuacct:/docker/c\n", V1.format(root="/docker/c"), v1(50_000), 0.5),
+        ("4:cpu,cpuacct:/elsewhere\n", V1.format(root="/docker/c"), v1(70_000), 0.7),
+        ("4:cpu:/a\n", V1.format(root="/"), v1(-1, group="/a"), math.inf),
+        ("4:memory:/a\n", V1.format(root="/"), v1(50_000, group="/a"), math.inf),
+        ("0::/\n", V2.format(root="/"), {"cpu.max": "nonsense\n"}, math.inf),
+        ("0::/\n", V2.format(root="/"), {"cpu.max": "100 0\n"}, math.inf),
+        ("broken\n", "broken", {"cpu.max": "100000 100000\n"}, math.inf),
+    ],
+    ids=[
+        "v2",
+        "v2 parent",
+        "v2 own",
+        "v2 no limit",
+        "v2 no controller",
+        "v2 outside the namespace",
+        "v2 container",
+        "v2 below a container",
+        "v1",
+        "v1 container",
+        "v1 container with a namespace",
+        "v1 no limit",
+        "v1 other controller",
+        "nonsense",
+        "no period",
+        "no groups",
+    ],
+)
+def test_the_quota_of_the_control_groups(
+    tmp_path: Path, groups: str, mounts: str, files: dict[str, str], quota: float
+) -> None:
+    assert backends.cpu_quota(system(tmp_path, groups, mounts, files)) == quota
+
+
+def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
+    assert backends.cpu_quota(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("cores", "quota", "threads"), [(4, math.inf, 4), (4, 1.2, 2), (4, 2.0, 2), (2, 8.0, 2), (4, 0.05, 1)]
+)
+def test_the_default_of_threads_is_the_smaller_of_affinity_and_quota(
+    monkeypatch: pytest.MonkeyPatch, cores: int, quota: float, threads: int
+) -> None:
+    monkeypatch.setattr(backends.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(backends, "cpu_quota", lambda: quota)
+    assert backends.default_threads() == threads
+
+
+def test_loading_openvino_loads_no_telemetry_and_its_converter_still_works() -> None:
+    code = """
+import sys
+from msa2net import Predictor
+Predictor.load(runtime="openvino", cache=False)
+assert not [name for name in sys.modules if name.startswith(("openvino_telemetry", "openvino.tools.ovc"))]
+import openvino, types
+sys.modules["openvino.tools.ovc"] = types.SimpleNamespace(convert_model=lambda *given, **named: (given, named))
+assert openvino.convert_model("model.onnx", verbose=True) == (("model.onnx",), {"verbose": True})
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_available_lists_every_artifact_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from importlib import import_module
 from importlib.resources import files
 
 import torch
+from torch import nn
 
-from msa2net.core.network import MSA2Net
+from msa2net.core.network import MSA2Net, is_unused
 
 # In the order in which they are applied.
 NAMES = (
@@ -44,7 +45,7 @@ def chosen(runtime: str) -> tuple[str, ...]:
 
 @torch.no_grad()
 def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
-    """Rewrites the network in place; returns how many sites each rewrite found.
+    """Rewrites the network in place; returns how many sites each rewrite found. Layers without use are dropped first.
 
     Raises ValueError for an unknown name, and for a network in training mode: its BatchNorms and dropout are live.
     """
@@ -53,6 +54,11 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
     names = set(names)
     if unknown := sorted(names - set(NAMES)):
         raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+    for path in ("backbone", "decoder_3", "decoder_2"):
+        owner = model.get_submodule(path)
+        for name, layer in list(owner.named_children()):
+            if all(is_unused(f"{path}.{name}.{key}", model.config) for key in layer.state_dict()):
+                owner.add_module(name, nn.Identity())
     return {name: import_module(f"{__name__}.{name}").apply(model) for name in NAMES if name in names}
 
 

@@ -1,25 +1,31 @@
 """The runtimes: one table of names, one file each. A backend's library is imported on first use and never before.
 
 A backend is a class with
-    __init__(files, manifest, device, precision, threads)   loads; raises RuntimeUnavailableError if it cannot as asked
+    __init__(files, manifest, device, precision, threads, slot)   loads, by way of the cache if there is a `slot`;
+                 raises RuntimeUnavailableError if it cannot as asked
     infer(x)     (1, C, h, w) float32 -> (1, K, h, w) float32, an array that the caller may keep; from any thread
     facts        `Facts`: what the runtime says it really runs, read back from it
     close()      frees what it holds
+    compiled_for(device, threads)   what a compiled model depends on besides artifact, precision and processor: a
+                 mapping of strings to JSON values; None if there is nothing to keep in the cache
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,17 @@ class Backend(Protocol):
     facts: Facts
 
     def __init__(
-        self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int
+        self,
+        files: tuple[str, ...],
+        manifest: Manifest,
+        device: str,
+        precision: str,
+        threads: int,
+        slot: Slot | None = None,
     ) -> None: ...
+
+    @staticmethod
+    def compiled_for(device: str, threads: int) -> dict[str, Any] | None: ...
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
@@ -95,8 +110,50 @@ def backend_class(runtime: str) -> type[Backend]:
 
 
 def default_threads() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores this process may use: by its affinity and by the quota of its control groups, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """How many cores' time the control groups (version 1 or 2) of this process grant it; infinity if there is no limit.
+
+    root   where to look for proc/ and the mounts
+    """
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+        mounts = [line.split(" - ") for line in (root / "proc/self/mountinfo").read_text().splitlines()]
+    except OSError:
+        return math.inf
+    quota = math.inf
+    for left, right in (mount for mount in mounts if len(mount) == 2):
+        kind, options = right.split()[0], right.split()[-1].split(",")
+        if kind != "cgroup2" and not (kind == "cgroup" and "cpu" in options):
+            continue
+        for _, controllers, path in (group for group in groups if len(group) == 3):
+            if ("cpu" in controllers.split(",")) if kind == "cgroup" else not controllers:
+                top, point = left.split()[3:5]
+                quota = min(quota, _smallest_quota(root / point.lstrip("/"), path, top))
+    return quota
+
+
+def _smallest_quota(mounted: Path, path: str, top: str) -> float:
+    """The least of a group's quota and its parents', as far up as is mounted; `top` is the group mounted there."""
+    inside = path == top or path.startswith(top.rstrip("/") + "/")
+    below = path[len(top.rstrip("/")) :].strip("/") if inside and ".." not in path.split("/") else ""
+    folder = mounted / below
+    quota = math.inf
+    for group in (folder, *(parent for parent in folder.parents if parent.is_relative_to(mounted))):
+        try:
+            if (group / "cpu.max").exists():
+                most, period = (group / "cpu.max").read_text().split()
+            else:
+                most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            if most not in ("max", "-1"):
+                quota = min(quota, int(most) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):  # no limit at this level
+            continue
+    return quota
 
 
 def require_fp32_cpu(runtime: str, device: str, precision: str) -> None:

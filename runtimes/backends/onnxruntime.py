@@ -1,8 +1,15 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU.
+
+The second start maps weights that are already laid out as the kernels want them from the cache, instead of holding
+them in memory of its own. What ONNX Runtime optimises is for one processor, so it is never part of a bundle.
+"""
 
 from __future__ import annotations
 
-from typing import cast
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -11,24 +18,32 @@ from numpy.typing import NDArray
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, require_fp32_cpu
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import Entry, Slot
 
 PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
+_MODEL, _DATA = "model.onnx", "model.data"
+_LEAST = 1024  # bytes; smaller tensors stay in the model
+_ALIGNMENT = 4096  # a tensor's place in the file that is mapped
 
 
 class OnnxRuntimeBackend:
     """See `msa2net.runtimes.backends`."""
 
-    def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        manifest: Manifest,
+        device: str,
+        precision: str,
+        threads: int,
+        slot: Slot | None = None,
+    ) -> None:
         require_fp32_cpu("onnxruntime", device, precision)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _ERRORS_ONLY
-        # Idle threads sleep: a device has other work to do between two frames.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._threads = threads
+        session = slot.use(self._from_cache, lambda folder: self._compile(files[0], folder)) if slot else None
         try:
-            session = onnxruntime.InferenceSession(files[0], options, providers=[PROVIDER])
+            session = session or self._open(files[0], self._options())
         except Exception as error:  # its exception classes share no other base
             raise RuntimeUnavailableError(
                 "runtime 'onnxruntime'", f"cannot load the model ({error})", "", "Update onnxruntime, or export again."
@@ -51,8 +66,130 @@ class OnnxRuntimeBackend:
             threads=threads,
         )
 
+    @staticmethod
+    def compiled_for(device: str, threads: int) -> dict[str, Any]:
+        return {"version": onnxruntime.__version__}
+
+    def _options(self) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        # Threads spin from one operator to the next, which is a tenth faster than waking them, and sleep between two
+        # frames: a device has other work to do.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
+
+    @staticmethod
+    def _open(model: str | bytes, options: Any) -> Any:
+        return onnxruntime.InferenceSession(model, options, providers=[PROVIDER])
+
+    def _compile(self, source: str, folder: Path) -> None:
+        """Optimises the model and writes it with its weights, packed for the kernels, in a file of their own."""
+        weights = folder / "weights"
+        options = self._options()
+        options.optimized_model_filepath = str(folder / _MODEL)
+        for key, value in (
+            ("session.model_external_initializers_file_folder_path", str(folder)),
+            ("session.optimized_model_external_initializers_file_name", _DATA),
+            ("session.optimized_model_external_initializers_min_size_in_bytes", str(_LEAST)),
+            ("session.save_external_prepacked_constant_initializers", "1"),
+        ):
+            options.add_session_config_entry(key, value)
+        # Parsing the whole file would hold the weights in memory twice; from a file of their own they are mapped.
+        with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            model = without_weights(content, weights)
+        self._open(model, options)
+        weights.unlink()
+
+    def _from_cache(self, entry: Entry) -> Any:
+        options = self._options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it was done
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(entry.path))
+        session = self._open(entry.files[_MODEL].read(), options)
+        entry.require_unmoved(_DATA)
+        return session
+
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", self._session.run(None, {self._input: x})[0])
 
     def close(self) -> None:
         del self._session
+
+
+# The fields of ONNX's messages that matter here, by number: see onnx.proto.
+_GRAPH, _INITIALIZER, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 7, 5, 9, 13, 14
+
+
+def without_weights(model: mmap.mmap, weights: Path) -> bytes:
+    """The ONNX model with its large tensors moved to the new file `weights` beside it, each aligned.
+
+    Raises ValueError for what is no ONNX model, or one that has its tensors elsewhere already.
+    """
+    with weights.open("xb") as out:
+
+        def moved(start: int, end: int) -> bytes:
+            tensor = bytearray()
+            for field, at, value, stop in _fields(model, start, end):
+                if field in (_EXTERNAL_DATA, _DATA_LOCATION):
+                    raise ValueError("the model has weights outside its file")
+                if field != _RAW_DATA or stop - value < _LEAST:
+                    tensor += model[at:stop]
+                    continue
+                place = out.seek(-out.tell() % _ALIGNMENT, 1)
+                with memoryview(model) as view, view[value:stop] as data:
+                    out.write(data)
+                for key, text in (("location", weights.name), ("offset", str(place)), ("length", str(stop - value))):
+                    pair = _message(1, key.encode()) + _message(2, text.encode())
+                    tensor += _message(_EXTERNAL_DATA, pair)
+                tensor += _varint(_DATA_LOCATION << 3) + b"\x01"
+            return bytes(tensor)
+
+        parts = []
+        for field, at, value, stop in _fields(model, 0, len(model)):
+            if field != _GRAPH:
+                parts.append(model[at:stop])
+                continue
+            graph = b"".join(
+                _message(_INITIALIZER, moved(inner, last)) if number == _INITIALIZER else model[first:last]
+                for number, first, inner, last in _fields(model, value, stop)
+            )
+            parts.append(_message(_GRAPH, graph))
+    return b"".join(parts)
+
+
+def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Of each field of a protobuf message: its number, its start, the start of its value, its end."""
+    while position < end:
+        start = position
+        tag, value = _read_varint(data, position)
+        kind = tag & 7
+        if kind == 2:
+            length, value = _read_varint(data, value)
+            position = value + length
+        elif kind == 0:
+            position = _read_varint(data, value)[1]
+        else:
+            position = value + (8 if kind == 1 else 4)
+        if kind not in (0, 1, 2, 5) or position > end:
+            raise ValueError("not an ONNX model")
+        yield tag >> 3, start, value, position
+
+
+def _read_varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 64 and position < len(data):
+        byte = data[position]
+        value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
+        if byte < 128:
+            return value, position
+    raise ValueError("not an ONNX model")
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content

@@ -1,24 +1,84 @@
-"""OpenVINO, on the CPU or any device its plugins offer."""
+"""OpenVINO, on the CPU or any device its plugins offer.
+
+On the CPU the compiled graph is kept in the cache; its weights stay in the bundle's file, mapped.
+"""
 
 from __future__ import annotations
 
+import importlib
+import io
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-import openvino
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import Entry, Slot
 
+
+def _import_openvino() -> Any:
+    """The package without its model converter, which brings a telemetry client and doubles the time of the import.
+
+    The package takes its absence for granted; `openvino.convert_model` imports it when it is called.
+    """
+    converter = "openvino.tools.ovc"
+    if "openvino" in sys.modules or converter in sys.modules:
+        return importlib.import_module("openvino")
+    sys.modules[converter] = None  # type: ignore[assignment]
+    try:
+        package: Any = importlib.import_module("openvino")
+    finally:
+        del sys.modules[converter]
+    package.convert_model = lambda *given, **named: importlib.import_module(converter).convert_model(*given, **named)
+    return package
+
+
+openvino = _import_openvino()
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
+_BLOB = "model.blob"
+_GRAPH_ALONE = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # an exported model refers to its weights' file
+
+
+class _Stream(io.BytesIO):
+    """A file as the one kind of stream that OpenVINO writes to. It swallows what `write` raises: `error` keeps it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        return self._kept(self._file.write, data)
+
+    def seek(self, *place: int) -> int:
+        return self._kept(self._file.seek, *place)
+
+    def _kept(self, call: Callable[..., int], *arguments: Any) -> int:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 class OpenVinoBackend:
     """See `msa2net.runtimes.backends`."""
 
-    def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        manifest: Manifest,
+        device: str,
+        precision: str,
+        threads: int,
+        slot: Slot | None = None,
+    ) -> None:
         core = openvino.Core()
         if device not in core.available_devices:
             raise RuntimeUnavailableError(
@@ -34,15 +94,29 @@ class OpenVinoBackend:
                 f"expected one of {', '.join(_HINTS)}",
                 "Others are not supported yet.",
             )
-        config = {
+        config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without it the CPU plugin runs fp32 models in bf16 where the CPU can.
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
         }
         if device == "CPU":
             config["INFERENCE_NUM_THREADS"] = threads
+
+        def compiled_from(entry: Entry) -> Any:
+            self._blob = np.memmap(entry.files[_BLOB], np.uint8, "c")  # in use for as long as the model is
+            tensor = openvino.Tensor(self._blob, shared_memory=True)
+            return core.import_model(tensor, device, config | _GRAPH_ALONE | {"WEIGHTS_PATH": files[1]})
+
+        def write(folder: Path) -> None:
+            with (folder / _BLOB).open("xb") as file:
+                stream = _Stream(file)
+                core.compile_model(core.read_model(*files), device, config | _GRAPH_ALONE).export_model(stream)
+            if stream.error:
+                raise stream.error
+
+        compiled = slot.use(compiled_from, write) if slot else None
         try:
-            compiled = core.compile_model(core.read_model(*files), device, config)
+            compiled = compiled or core.compile_model(core.read_model(*files), device, config)
         except RuntimeError as error:
             first = (str(error).strip().splitlines() or ["no reason given"])[-1]
             raise RuntimeUnavailableError(
@@ -57,6 +131,10 @@ class OpenVinoBackend:
             precision=self._executed_precision(precision),
             threads=compiled.get_property("INFERENCE_NUM_THREADS") if device == "CPU" else 0,
         )
+
+    @staticmethod
+    def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
+        return {"version": openvino.__version__, "threads": threads} if device == "CPU" else None
 
     def _executed_precision(self, asked: str) -> str:
         """The precision asked for, once both the property and every executed node agree with it."""

@@ -1,25 +1,45 @@
-"""PyTorch, eager: the reference network, rewritten for inference as it loads."""
+"""PyTorch, eager, on weights mapped from the bundle's file: the reference network, rewritten as it loads."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, require_fp32_cpu
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import Slot
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """What a layer leaves unfilled for its initialisation gets no memory; constants that are computed do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
 
 class PyTorchBackend:
     """See `msa2net.runtimes.backends`. `threads` holds for the whole process, as PyTorch has only one such setting."""
 
-    def __init__(self, files: tuple[str, ...], manifest: Manifest, device: str, precision: str, threads: int) -> None:
-        from msa2net.core.checkpoint import Checkpoint, load_model
+    def __init__(
+        self,
+        files: tuple[str, ...],
+        manifest: Manifest,
+        device: str,
+        precision: str,
+        threads: int,
+        slot: Slot | None = None,
+    ) -> None:
         from msa2net.core.config import ModelConfig
+        from msa2net.core.network import MSA2Net, is_unused
         from msa2net.core.rewrites import EAGER_ONLY, apply, chosen
 
         require_fp32_cpu("pytorch", device, precision)
@@ -31,11 +51,18 @@ class PyTorchBackend:
                 "Call torch.set_float32_matmul_precision('highest').",
             )
         torch.set_num_threads(threads)
-        checkpoint = Checkpoint(Path("torch/weights.safetensors"), load_file(files[0]))
-        self._model = load_model(checkpoint, ModelConfig.from_json(manifest.model_config))
-        (dtype,) = {parameter.dtype for parameter in self._model.parameters()}
+        config = ModelConfig.from_json(manifest.model_config)
+        state = load_file(files[0])  # mapped
+        with _WithoutWeights():
+            model = MSA2Net(config)
+        for key, value in model.state_dict().items():
+            if key not in state and is_unused(key, config):
+                state[key] = torch.zeros((), dtype=value.dtype).expand(value.shape)
+        model.load_state_dict(state, assign=True)  # strict: every key, in its shape
+        (dtype,) = {parameter.dtype for parameter in model.parameters()}
+        self._model = model.eval()
         packed: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        apply(self._model, (name for name in chosen("pytorch") if packed or name not in EAGER_ONLY))
+        apply(model, (name for name in chosen("pytorch") if packed or name not in EAGER_ONLY))
         self.facts = Facts(
             version=torch.__version__,
             device="CPU",
@@ -46,6 +73,10 @@ class PyTorchBackend:
         contract = manifest.input
         # The first call packs weights, which two threads may not do at once.
         self.infer(np.zeros((1, contract.channels, contract.height, contract.width), np.float32))
+
+    @staticmethod
+    def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
+        return None
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         image = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
