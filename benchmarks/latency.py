@@ -1,7 +1,8 @@
 """Latency of every runtime and precision of a bundle that can run here: `python -m benchmarks.latency`.
 
 All are loaded in one process and timed in interleaved rounds, so that a drifting machine hits all alike. Each must pass
-its golden frames first. Start-up time and memory come from processes of each runtime's own, with a cache of their own.
+its golden frames first. Beside them: the reference network in PyTorch and, with `--plain`, its plain ONNX export in
+each runtime. Start-up time and memory come from processes of each runtime's own, with a cache of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from msa2net.benchmarks import machine
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import DemoModelWarning, Predictor, Timings
-from msa2net.runtimes.backends import default_threads
+from msa2net.runtimes.backends import default_threads, why_not
 from msa2net.runtimes.bundle import Artifact, Bundle
 from msa2net.runtimes.images import read_npy
 from msa2net.runtimes.measure import interleaved, percentile, timed
@@ -127,7 +128,30 @@ def row(predictor: Predictor, samples: list[Timings]) -> dict[str, Any]:
     }
 
 
-def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | None, quick: bool) -> dict[str, Any]:
+def references(bundle: Bundle, threads: int, plain: bool) -> dict[str, Callable[[], Any]]:
+    """The network alone, as it was before it was made fast: the eager reference, and its plain export if `plain`.
+
+    Empty without torch or without the weights in the bundle.
+    """
+    weights = bundle.path / "torch" / "weights.safetensors"
+    if why_not("pytorch") or not weights.exists():
+        return {}
+    from msa2net.benchmarks import rewrites
+    from msa2net.core import ModelConfig
+    from msa2net.core.checkpoint import load_model, read_checkpoint
+
+    model = load_model(read_checkpoint(weights), ModelConfig.from_json(bundle.manifest.model_config))
+    found = {"eager reference": rewrites.load("pytorch", model, (), threads)}
+    for artifact in bundle.manifest.artifacts if plain else ():
+        if artifact.runtime != "pytorch" and not why_not(artifact.runtime):
+            call = rewrites.load(artifact.runtime, model, (), threads, artifact.precision)
+            found[f"plain export, {artifact.name}"] = call
+    return found
+
+
+def measure(
+    path: Path, runtimes: list[str] | None, threads: int, rounds: int | None, quick: bool, plain: bool = False
+) -> dict[str, Any]:
     """Runs the benchmark on a bundle; returns what is printed and written as JSON."""
     bundle = Bundle(path)
     there = {artifact.runtime for artifact in bundle.manifest.artifacts}
@@ -158,11 +182,12 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
         raise Msa2NetError("benchmark", f"nothing can run here: {reasons}")
 
     rounds = rounds or rounds_for(predictors, frame, 8 if quick else 60)
-    floor = machine.floor_calls(threads)
+    floor = machine.floor_calls(threads, any(each.artifact.precision == "bf16" for each in predictors.values()))
+    before = references(bundle, threads, plain)
     calls: dict[str, Callable[[], Any]] = {
         name: partial(_timings, predictor, frame) for name, predictor in predictors.items()
     }
-    calls |= {name: partial(timed, product) for name, product in floor.items()}
+    calls |= {name: partial(timed, call) for name, call in (before | floor).items()}
     samples = interleaved(
         calls,
         tqdm(range(rounds), "rounds", unit="round", disable=None),
@@ -184,13 +209,18 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
                 shutil.rmtree(cache, ignore_errors=True)
 
     operations = machine.multiply_adds(bundle.manifest)
+    low = products.pop(machine.BF16_PRODUCT, None)
     fastest = min(products, key=lambda name: statistics.median(products[name]))
     product = statistics.median(products[fastest])
     floor_ms = machine.floor_milliseconds(operations, product) if operations else None
-    eager = next((each["p50"] for each in rows if each["runtime"] == "pytorch" and each["precision"] == "fp32"), None)
+    low_floor_ms = machine.floor_milliseconds(operations, statistics.median(low)) if operations and low else None
+    medians = {name: statistics.median(samples[name]) for name in before}
     for each, name in zip(rows, predictors, strict=True):
-        each["speedup_over_eager"] = eager / each["p50"] if eager else None
-        each["inference_over_floor"] = each["inference"] / floor_ms if floor_ms else None
+        plain_ms, eager_ms = medians.get(f"plain export, {name}"), medians.get("eager reference")
+        own_floor = low_floor_ms if each["precision"] == "bf16" else floor_ms
+        each["speedup_over_eager"] = eager_ms / each["inference"] if eager_ms else None
+        each["inference_over_plain"] = each["inference"] / plain_ms if plain_ms else None
+        each["inference_over_floor"] = each["inference"] / own_floor if own_floor else None
         for which in STARTS:
             seconds, peaks = zip(*starts[f"{which} {name}"], strict=True)
             each[f"{which}_start_seconds"] = statistics.median(seconds)
@@ -212,7 +242,18 @@ def measure(path: Path, runtimes: list[str] | None, threads: int, rounds: int | 
             "gflops": 2 * machine.FLOOR_SIZE**3 / product / 1e6,
             "milliseconds": floor_ms,
             "samples": products,
+            "bf16_milliseconds": low_floor_ms,
+            "bf16_samples": low,
         },
+        "references": [
+            {
+                "name": name,
+                "inference": medians[name],
+                "over_floor": medians[name] / floor_ms if floor_ms else None,
+                "samples": [round(value, 4) for value in samples[name]],
+            }
+            for name in before
+        ],
         "rows": rows,
         "skipped": skipped,
     }
@@ -237,9 +278,10 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"floor: {result['multiply_adds'] / 1e9:.2f} G multiply-adds at {floor['gflops']:.0f} GFLOP/s "
             f"({floor['product']}) = {floor['milliseconds']:.1f} ms"
+            + (f"; in bf16 {floor['bf16_milliseconds']:.1f} ms" if floor["bf16_milliseconds"] else "")
         )
     heads: tuple[str, ...] = ("runtime", "precision", "p50 ms", "p90", "p99", "n", "fps", "pre", "infer", "post")
-    heads += ("x eager", "x floor", "1st start s", "2nd", "1st anon MB", "x size", "2nd", "x size")
+    heads += ("x eager", "/ plain", "/ floor", "1st start s", "2nd", "1st anon MB", "x size", "2nd", "x size")
     heads += ("size MB", "equal px")
     rows = [
         (
@@ -254,6 +296,7 @@ def table(result: dict[str, Any]) -> str:
             shown(each["inference"], ".1f"),
             shown(each["postprocess"], ".1f"),
             shown(each["speedup_over_eager"], ".2f"),
+            shown(each["inference_over_plain"], ".2f"),
             shown(each["inference_over_floor"], ".2f"),
             shown(each["first_start_seconds"], ".2f"),
             shown(each["second_start_seconds"], ".2f"),
@@ -271,6 +314,9 @@ def table(result: dict[str, Any]) -> str:
         aligned = [cell.ljust(width) for cell, width in zip(cells[:2], widths[:2], strict=True)]
         aligned += [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
         lines.append("  ".join(aligned))
+    for each in result["references"]:
+        over = shown(each["over_floor"], ".2f")
+        lines.append(f"{each['name']}: {each['inference']:.1f} ms, {over} of the fp32 floor")
     for each in result["skipped"]:
         lines.append(f"{each['runtime']:<{widths[0]}}  {each['precision']:<{widths[1]}}  not run: {each['reason']}")
     return "\n".join(lines)
@@ -308,6 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runtimes", help="names, separated by commas; default: all that the bundle has")
     parser.add_argument("--rounds", type=int, help="default: as many as fit into a minute, 10 to 500")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--plain", action="store_true", help="beside each runtime the plain export of the reference")
     parser.add_argument("--quick", action="store_true", help="under 40 s: fewer rounds, start-up once")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     arguments = parser.parse_args(argv)
@@ -317,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
         path = small_bundle() if arguments.model else arguments.bundle or DEMO_BUNDLE
         runtimes = arguments.runtimes.split(",") if arguments.runtimes else None
-        result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick)
+        result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick, arguments.plain)
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

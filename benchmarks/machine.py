@@ -17,6 +17,7 @@ from msa2net.runtimes.bundle import Manifest
 
 PACKAGES = ("msa2net-edge", "numpy", "torch", "onnxruntime", "openvino")
 FLOOR_SIZE = 2048
+BF16_PRODUCT = "torch.mm bf16"
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -79,8 +80,8 @@ def multiply_adds(manifest: Manifest) -> int | None:
     return int(counter.get_total_flops()) // 2
 
 
-def floor_calls(threads: int) -> dict[str, Callable[[], object]]:
-    """Square float32 matrix products of `FLOOR_SIZE` on `threads` threads, by library."""
+def floor_calls(threads: int, bf16: bool = False) -> dict[str, Callable[[], object]]:
+    """Square float32 matrix products of `FLOOR_SIZE` on `threads` threads, by library; in bfloat16, too, if asked."""
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((FLOOR_SIZE, FLOOR_SIZE), np.float32) for _ in range(2))
     calls: dict[str, Callable[[], object]] = {"np.matmul": lambda: _limited(threads, lambda: np.matmul(a, b))}
@@ -91,6 +92,9 @@ def floor_calls(threads: int) -> dict[str, Callable[[], object]]:
     torch.set_num_threads(threads)
     ta, tb = torch.from_numpy(a), torch.from_numpy(b)
     calls["torch.mm"] = lambda: torch.mm(ta, tb)
+    if bf16:
+        low_a, low_b = ta.bfloat16(), tb.bfloat16()
+        calls[BF16_PRODUCT] = lambda: torch.mm(low_a, low_b)
     return calls
 
 
