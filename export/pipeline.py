@@ -249,11 +249,14 @@ def _write_models(
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
         elif runtime == "onnxruntime":
             versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, path)
+        elif "onnxruntime" in versions and chosen(runtime) == chosen("onnxruntime"):
+            source = folder / _FILES["onnxruntime"][0]
+            versions[runtime] = versions["onnxruntime"] | openvino_ir.write(source, path)
         else:
-            between = path.with_suffix(".onnx")
-            versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, between)
-            versions[runtime] |= openvino_ir.write(between, path)
-            between.unlink()
+            source = path.with_suffix(".onnx")
+            versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, source)
+            versions[runtime] |= openvino_ir.write(source, path)
+            source.unlink()
         bar.update()
     return versions
 
