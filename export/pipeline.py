@@ -243,8 +243,8 @@ def _write_models(
     for runtime in runtimes:
         bar.set_postfix_str(runtime)
         path = folder / _FILES[runtime][0]
-        path.parent.mkdir()
         if runtime == "pytorch":  # its backend rewrites the network as it loads
+            path.parent.mkdir()
             save_checkpoint(path, used_state(model))
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
         elif runtime == "onnxruntime":
