@@ -251,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
     command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
     command.add_argument(
+        "--precisions", help="such as fp32,bf16; default: fp32, and OpenVINO bf16 where this CPU can run it"
+    )
+    command.add_argument(
         "--data",
         metavar="KIND:PATH",
         help="images for the accuracy check, such as images:DIR or folder:DIR; default: phantoms",

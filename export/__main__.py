@@ -7,6 +7,7 @@ import sys
 
 from msa2net.errors import ExportError
 from msa2net.export import export_bundle
+from msa2net.runtimes.backends import cpu_lacks
 from msa2net.runtimes.bundle import Bundle
 
 
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         arguments.output,
         runtimes=tuple(arguments.runtimes.split(",")),
+        precisions=tuple(arguments.precisions.split(",")) if arguments.precisions else None,
         classes=arguments.classes.split(",") if arguments.classes else None,
         mean=_numbers("--mean", arguments.mean),
         std=_numbers("--std", arguments.std),
@@ -42,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         force=arguments.force,
     )
     bundle = Bundle(output)
+    if arguments.precisions is None and "openvino" in arguments.runtimes.split(",") and (lacks := cpu_lacks("bf16")):
+        print(f"openvino     bf16  left out: this CPU has no {lacks}, so that it cannot be judged here")
     print(f"{output}: bundle digest {bundle.digest}")
     for artifact in bundle.manifest.artifacts:
         figures = artifact.parity
