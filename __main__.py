@@ -251,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
     command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
     command.add_argument(
+        "--precisions", default="fp32", help="default: fp32; fp32,bf16 adds bf16 for OpenVINO, on a CPU that can run it"
+    )
+    command.add_argument(
         "--data",
         metavar="KIND:PATH",
         help="images for the accuracy check, such as images:DIR or folder:DIR; default: phantoms",

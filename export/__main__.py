@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.checkpoint,
         arguments.output,
         runtimes=tuple(arguments.runtimes.split(",")),
+        precisions=arguments.precisions.split(","),
         classes=arguments.classes.split(",") if arguments.classes else None,
         mean=_numbers("--mean", arguments.mean),
         std=_numbers("--std", arguments.std),

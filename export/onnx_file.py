@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from pathlib import Path
@@ -35,12 +36,23 @@ def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
         )
     assert program is not None  # it is None only when a file name is given
     proto = program.model_proto
+    _name(proto)
     _strip(proto)
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     _check(proto)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(proto.SerializeToString(deterministic=True))
     return {"onnx": onnx.__version__, "torch": torch.__version__, "opset": str(OPSET), "ir": str(proto.ir_version)}
+
+
+def _name(proto: onnx.ModelProto) -> None:
+    """Names every node `<path of its module>/<its output>`, so that a finding about a node can be read."""
+    for node in proto.graph.node:
+        path = ""
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":
+                path = ast.literal_eval(entry.value)[-2]
+        node.name = f"{path}/{node.output[0]}"
 
 
 class _Quiet:

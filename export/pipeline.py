@@ -21,9 +21,10 @@ from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError
-from msa2net.export import onnx_file, openvino_ir, parity
+from msa2net.export import onnx_file, openvino_ir, parity, precision
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes.backends import backend_class
+from msa2net.runtimes import preprocess
+from msa2net.runtimes.backends import backend_class, why_not_precision
 from msa2net.runtimes.bundle import (
     ENLARGE_OF,
     ENLARGE_RULES,
@@ -35,6 +36,7 @@ from msa2net.runtimes.bundle import (
     digest_of,
     parse_manifest,
 )
+from msa2net.runtimes.measure import pixel_agreement
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -52,7 +54,11 @@ _FILES = {
     "openvino": ("openvino/model.xml", "openvino/model.bin"),
     "pytorch": ("torch/weights.safetensors",),
 }
-_GOLDEN_CASES = 2
+# The precisions that each runtime's artifacts may have.
+PRECISIONS_OF = {"onnxruntime": ("fp32",), "openvino": ("fp32", "bf16"), "pytorch": ("fp32",)}
+_KEPT_XML = "openvino/model-bf16.xml"  # the same weights, with the places marked that stay in fp32
+_GOLDEN_CASES, _SCAN_CASES = 2, 8
+_MARGIN = 2.0  # of a lower precision's golden tolerance: other CPUs round its sums in another order
 
 
 def export_bundle(
@@ -60,6 +66,7 @@ def export_bundle(
     output: str | Path,
     *,
     runtimes: Sequence[str] = tuple(_FILES),
+    precisions: Sequence[str] = ("fp32",),
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -77,6 +84,7 @@ def export_bundle(
 ) -> Path:
     """Writes the bundle `output` from a `.safetensors` or `.pth` checkpoint and returns its path.
 
+    precisions   of the artifacts: "fp32", and "bf16" for OpenVINO, on a CPU that can run it: each is judged here
     classes, mean, std, name, model_version   if None, what the checkpoint's metadata says, else "class 0", …; the
                 released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
     channels    3, or 1 for a network that is fed grey frames
@@ -99,6 +107,7 @@ def export_bundle(
     if not runtimes or not set(runtimes) <= set(_FILES):
         named = ", ".join(map(repr, runtimes)) or "none"
         raise ExportError("runtimes", f"got {named}", f"expected some of {', '.join(_FILES)}", "Check the spelling.")
+    wanted = _artifacts(runtimes, precisions)
     for option, value, choices in (
         ("channels", channels, (1, 3)),
         ("fit", fit, FITS),
@@ -155,7 +164,7 @@ def export_bundle(
     with (
         _one_thread(),
         new_bundle(output, force=force) as folder,
-        tqdm(total=len(runtimes) + (len(runtimes) + 1) * len(cases), disable=not progress, desc="export") as bar,
+        tqdm(total=len(runtimes) + (len(wanted) + 1) * len(cases), disable=not progress, desc="export") as bar,
     ):
         try:
             versions = _write_models(model, channels, runtimes, folder, bar)
@@ -164,7 +173,7 @@ def export_bundle(
         except Exception as error:  # each tool has its own kinds
             reason = f"the models cannot be written ({type(error).__name__}: {error})"
             raise ExportError(output, reason, "", "Is the disk full, or a tool of another version?") from error
-        document["artifacts"] = [_entry(folder, runtime, versions[runtime]) for runtime in runtimes]
+        document["artifacts"] = [_entry(folder, *each, versions[each[0]]) for each in wanted]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
         document["golden"] = [
             {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
@@ -179,9 +188,15 @@ def export_bundle(
         bar.set_postfix_str("reference")
         infer = parity.reference(model)
         expected = list(run(infer))
-        largest = _write_golden(folder, manifest, golden, [parity.run_case(case, manifest, infer) for case in golden])
+        golden_results = [parity.run_case(case, manifest, infer) for case in golden]
+        largest = _write_golden(folder, manifest, golden, golden_results)
+        for entry in document["artifacts"]:
+            if entry["precision"] == "bf16":
+                chosen_cases = cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES]
+                _keep_lossy_places(folder, entry, manifest, chosen_cases, bar)
+        manifest = parse_manifest(json.dumps(document).encode())
         for artifact, entry in zip(manifest.artifacts, document["artifacts"], strict=True):
-            bar.set_postfix_str(f"parity {artifact.runtime}")
+            bar.set_postfix_str(f"parity {artifact.name}")
             files = tuple(str(folder / file.path) for file in artifact.files)
             backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, 1)
             figures = parity.compare(
@@ -193,11 +208,14 @@ def export_bundle(
                 Path(report) if report else None,
                 artifact.name,
             )
+            held = [parity.run_case(case, manifest, backend.infer) for case in golden]
             backend.close()
             if not allow_accuracy_loss:
                 parity.require(artifact.name, figures, artifact.precision)
             entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | figures
             entry["tolerance"] = {"logit": parity.logit_limit(largest), "pixels": parity.PIXEL_LIMIT}
+            if artifact.precision != "fp32":
+                entry["tolerance"] = _measured_tolerance(golden_results, held)
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         bar.set_postfix_str("writing")
     return output
@@ -261,15 +279,63 @@ def _write_models(
     return versions
 
 
-def _entry(folder: Path, runtime: str, versions: dict[str, str]) -> dict[str, Any]:
-    files = []
-    for relative in _FILES[runtime]:
-        with (folder / relative).open("rb") as file:
-            files.append({"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)})
+def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of runtime and precision to write. Raises ExportError for one that cannot be judged here."""
+    asked = tuple(dict.fromkeys(precisions))
+    for each in asked or ("",):
+        if not any(each in PRECISIONS_OF[runtime] for runtime in runtimes):
+            offered = "; ".join(f"{runtime}: {', '.join(PRECISIONS_OF[runtime])}" for runtime in runtimes)
+            raise ExportError(
+                "precisions", f"got {each!r}", f"expected what a runtime has ({offered})", "Drop it, or add a runtime."
+            )
+    found = []
+    for runtime in runtimes:
+        for each in (each for each in PRECISIONS_OF[runtime] if each in asked):
+            if error := why_not_precision(runtime, each):
+                raise ExportError(
+                    f"{runtime} {each}", error.found, "expected one that can judge it", "Export it on such a CPU."
+                )
+            found.append((runtime, each))
+    return found
+
+
+def _keep_lossy_places(
+    folder: Path, entry: dict[str, Any], manifest: Manifest, cases: Sequence[parity.Case], bar: Any
+) -> None:
+    """Scans the OpenVINO model in bf16 and adds the result to its entry; if places are kept, it gets an IR for itself.
+
+    The weights stay those of fp32: both artifacts list the same `.bin`.
+    """
+    xml, weights = (folder / relative for relative in _FILES["openvino"])
+    tensors = [preprocess.to_tensor(case.frame, manifest.input, case.bits) for case in cases]
+
+    def tick(place: str) -> None:
+        bar.set_postfix_str(f"bf16 scan: {place}")
+
+    found = entry["precision_scan"] = precision.scan((xml, weights), tensors, tick)
+    if found["kept"]:
+        precision.keep(xml, folder / _KEPT_XML, found["kept"])
+        entry["files"] = [_file_entry(folder, relative) for relative in (_KEPT_XML, _FILES["openvino"][1])]
+
+
+def _measured_tolerance(expected: Sequence[parity.Result], found: Sequence[parity.Result]) -> dict[str, float]:
+    """Of the golden frames: `_MARGIN` times the largest difference of a logit and the largest share of other pixels."""
+    pairs = list(zip(expected, found, strict=True))
+    difference = max(float(np.abs(a.logits - b.logits).max()) for a, b in pairs)
+    other = max(1 - pixel_agreement(a.mask, b.mask) for a, b in pairs)
+    return {"logit": _MARGIN * difference, "pixels": min(parity.PIXEL_LIMIT, 1 - _MARGIN * other)}
+
+
+def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
+    with (folder / relative).open("rb") as file:
+        return {"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)}
+
+
+def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str]) -> dict[str, Any]:
     return {
         "runtime": runtime,
-        "precision": "fp32",
-        "files": files,
+        "precision": named,
+        "files": [_file_entry(folder, relative) for relative in _FILES[runtime]],
         "versions": versions,
         "tolerance": {"logit": 0.0, "pixels": 1.0},
         "parity": {"verdict": "unjudged", "reasons": []},  # until it is judged

@@ -22,7 +22,7 @@ from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
 
-SCHEMA_VERSION = (2, 0)
+SCHEMA_VERSION = (2, 1)
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 RESIZE_RULES = ("bilinear", "spline")

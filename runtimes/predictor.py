@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import images, measure, postprocess, preprocess
-from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not
+from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not, why_not_precision
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
 from msa2net.runtimes.cache import CacheWarning, Slot, default_folder
 
@@ -54,7 +54,8 @@ class Execution:
 
     runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting; accuracy is the
     verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md); cached is
-    whether the compiled model came from the cache.
+    whether the compiled model came from the cache; layers is how many layers run in each precision, such as
+    {"bf16": 617, "f32": 24}, empty if the runtime does not say.
     """
 
     runtime: str
@@ -71,6 +72,7 @@ class Execution:
     model: str
     model_version: str
     bundle_digest: str
+    layers: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -255,6 +257,7 @@ class Predictor:
             model=bundle.manifest.model_name,
             model_version=bundle.manifest.model_version,
             bundle_digest=bundle.digest,
+            layers=backend.facts.layers,
         )
         return cls(bundle, artifact, backend, execution)
 
@@ -351,6 +354,7 @@ class Predictor:
         for artifact in Bundle(DEMO_BUNDLE if path is None else path).manifest.artifacts:
             try:
                 error: Msa2NetError | None = why_not(artifact.runtime)
+                error = error or why_not_precision(artifact.runtime, artifact.precision)
             except RuntimeUnavailableError as unknown:
                 error = unknown
             found.append(
@@ -382,7 +386,7 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
     reasons = []
     for runtime in RUNTIMES:
         try:
-            if error := why_not(runtime):
+            if error := why_not(runtime) or why_not_precision(runtime, precision):
                 raise error
             artifact = bundle.artifact(runtime, precision)
             if not artifact.passed:

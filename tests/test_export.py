@@ -64,7 +64,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole export; tests only read it. It gives torch's threads back as they were."""
     threads = torch.get_num_threads()
-    bundle = export_bundle(checkpoint, tmp_path_factory.mktemp("export") / "rule.bundle", progress=False)
+    bundle = export_bundle(
+        checkpoint, tmp_path_factory.mktemp("export") / "rule.bundle", precisions=("fp32",), progress=False
+    )
     assert torch.get_num_threads() == threads
     return bundle
 

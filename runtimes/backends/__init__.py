@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,13 +30,17 @@ from msa2net.runtimes.cache import Slot
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a loaded runtime reports of itself: version, device, provider (its execution engine), precision, threads."""
+    """What a loaded runtime reports of itself: version, device, provider (its execution engine), precision, threads.
+
+    layers   how many layers it runs in each precision, such as {"bf16": 617, "f32": 24}; empty if it does not say
+    """
 
     version: str
     device: str
     provider: str
     precision: str
     threads: int
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -90,6 +94,30 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
                 f"runtime {runtime!r}", f"needs the package {module}", "", f"pip install 'msa2net-edge[{entry.extra}]'"
             )
     return None
+
+
+def cpu_lacks(precision: str) -> str:
+    """What this CPU would need to compute in `precision`; empty if nothing is missing, or for a precision of any CPU.
+
+    By CPUID, as numpy reads it: /proc/cpuinfo shows the host's flags under emulation.
+    """
+    if precision != "bf16":
+        return ""
+    from numpy._core._multiarray_umath import __cpu_features__ as features  # type: ignore[import-not-found]
+
+    return "" if features.get("AVX512BF16") or features.get("ASIMDBF16") else "AVX512_BF16"
+
+
+def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> RuntimeUnavailableError | None:
+    """Why `runtime` cannot run `precision` on this machine's CPU; None if it can, or on another device."""
+    if device != "CPU" or not (missing := cpu_lacks(precision)):
+        return None
+    return RuntimeUnavailableError(
+        f"runtime {runtime!r}",
+        f"this CPU cannot run {precision}, it has no {missing}",
+        "expected a CPU that computes in it",
+        "Use the artifact in fp32.",
+    )
 
 
 def backend_class(runtime: str) -> type[Backend]:

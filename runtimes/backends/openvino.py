@@ -9,6 +9,7 @@ import importlib
 import io
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts
+from msa2net.runtimes.backends import Facts, why_not_precision
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
@@ -41,6 +42,8 @@ def _import_openvino() -> Any:
 
 openvino = _import_openvino()
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
+# Layers that move or hold data: the precision they are labelled with is not computed in.
+_NO_COMPUTE = {"Const", "Input", "Output", "Reorder", "Reshape"}
 _BLOB = "model.blob"
 _GRAPH_ALONE = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # an exported model refers to its weights' file
 
@@ -94,6 +97,8 @@ class OpenVinoBackend:
                 f"expected one of {', '.join(_HINTS)}",
                 "Others are not supported yet.",
             )
+        if error := why_not_precision("openvino", precision, device):
+            raise error
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without it the CPU plugin runs fp32 models in bf16 where the CPU can.
@@ -124,17 +129,28 @@ class OpenVinoBackend:
             ) from error
         self._compiled = compiled
         self._local = threading.local()
+        self._layers = self._executed_layers()
         self.facts = Facts(
             version=openvino.__version__.split("-")[0],
             device=", ".join(compiled.get_property("EXECUTION_DEVICES")),
             provider=core.get_property(device, "FULL_DEVICE_NAME"),
             precision=self._executed_precision(precision),
             threads=compiled.get_property("INFERENCE_NUM_THREADS") if device == "CPU" else 0,
+            layers=self._layers,
         )
 
     @staticmethod
     def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
         return {"version": openvino.__version__, "threads": threads} if device == "CPU" else None
+
+    def _executed_layers(self) -> dict[str, int]:
+        """How many layers that compute were compiled to each precision."""
+        counts: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            if "runtimePrecision" in info and str(info["layerType"].value) not in _NO_COMPUTE:
+                counts[str(info["runtimePrecision"].value)] += 1
+        return dict(sorted(counts.items()))
 
     def _executed_precision(self, asked: str) -> str:
         """The precision asked for, once both the property and every executed node agree with it."""
@@ -145,7 +161,9 @@ class OpenVinoBackend:
             if "runtimePrecision" in node.get_rt_info()
         }
         lower = {"bf16", "f16", "i8", "u8"} & nodes
-        if hint != _HINTS[asked] or (asked == "fp32" and lower):
+        # A graph in bf16 has layers in f32, too: those kept there. One without any in bf16 is not in bf16.
+        wrong = bool(lower) if asked == "fp32" else _HINTS[asked].get_type_name() not in self._layers
+        if hint != _HINTS[asked] or wrong:
             raise RuntimeUnavailableError(
                 "runtime 'openvino'",
                 f"runs in {hint.get_type_name()} with nodes in {sorted(nodes)}",
