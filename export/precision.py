@@ -19,6 +19,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
+from msa2net.errors import ExportError
 from msa2net.runtimes.measure import LESION_PIXELS, dice
 
 LEAST_SHARE = 0.05  # a place is kept in fp32 if it makes at least this share of the squared error
@@ -92,8 +93,8 @@ def scan(
     tensors   a few inputs (1, C, h, w)
     tick      called with the name of each place before it is measured
 
-    `error` and each place's `error` are logits, see `boundary_error`, `share` is of the squared error. A place that
-    OpenVINO cannot compile apart has neither and is not kept.
+    `error` and each place's `error` are logits, see `boundary_error`, `share` is of the squared error. A place or step
+    that OpenVINO cannot compile has neither. Raises ExportError if that leaves no step that is accurate enough.
     """
     xml, weights = files
     layers = ElementTree.parse(xml).getroot().iter("layer")
@@ -129,11 +130,22 @@ def scan(
         steps: list[dict[str, Any]] = []
         for kept in ([], worst, [*places, "other"]):
             tick(f"{len(kept)} kept")
-            found = logits(openvino.Type.bf16, kept)
+            try:
+                found = logits(openvino.Type.bf16, kept)
+            except RuntimeError:  # some boundaries between marked and unmarked nodes OpenVINO cannot compile
+                steps.append({"kept": kept, "dice": None, "error": None})
+                continue
             agreement = mask_dice(expected, found)
             steps.append({"kept": kept, "dice": agreement, "error": boundary_error(expected, found)})
             if agreement >= LEAST_DICE:
                 break
+    if steps[-1]["dice"] is None:
+        raise ExportError(
+            "openvino bf16",
+            f"loses accuracy (Dice {steps[0]['dice']:.4f} of fp32's masks) and cannot be compiled with places in fp32",
+            f"expected {LEAST_DICE}",
+            "Export fp32 alone.",
+        )
     return {
         "frames": len(tensors),
         "error": whole,

@@ -47,13 +47,19 @@ def chosen(runtime: str) -> tuple[str, ...]:
 def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
     """Rewrites the network in place; returns how many sites each rewrite found. Layers without use are dropped first.
 
-    Raises ValueError for an unknown name, and for a network in training mode: its BatchNorms and dropout are live.
+    Raises ValueError for an unknown name, for one that was applied before or comes before one that was, and for a
+    network in training mode: its BatchNorms and dropout are live.
     """
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("model: got training mode, expected evaluation mode. Call model.eval() first.")
     names = set(names)
     if unknown := sorted(names - set(NAMES)):
         raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+    before = getattr(model, "_rewrites", ())
+    if before and names and min(map(NAMES.index, names)) <= max(map(NAMES.index, before)):
+        first, last = min(names, key=NAMES.index), max(before, key=NAMES.index)
+        raise ValueError(f"rewrites: {first} after {last}, which comes later or is the same. Apply all at once.")
+    model._rewrites = (*before, *names)  # type: ignore[assignment]
     for path in ("backbone", "decoder_3", "decoder_2"):
         owner = model.get_submodule(path)
         for name, layer in list(owner.named_children()):

@@ -2,9 +2,9 @@
 
 The shuffle moves pixels and the norm and projection are per pixel, so they commute. For the sub-pixel p of a token t,
 z_p = E_p t (C channels) and the reference computes P (w n(z_p) + b) + c with n(z) = (z - mean(z)) / sqrt(var(z) + eps).
-With C E_p = E_p less the mean of its rows, z_p - mean(z_p) = (C E_p) t, so that
+With D_p = E_p less the mean of its rows, z_p - mean(z_p) = D_p t, so that
 
-    logits_p = (P w C E_p) t / sqrt(|(C E_p) t|^2 / C + eps) + (P b + c):
+    logits_p = (P w D_p) t / sqrt(|D_p t|^2 / C + eps) + (P b + c):
 
 K numbers per pixel are computed and shuffled in place of C, and of the C only their sum of squares is taken.
 """

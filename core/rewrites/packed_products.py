@@ -3,7 +3,8 @@
 PyTorch's eager CPU path brings each convolution's weights into oneDNN's blocked layout at every call and writes a
 product's result before it reads it again for the activation. oneDNN does neither when it is given weights that are
 packed once and the activation as part of the product: silu(W x + b) and gelu(W x + b) in one pass. For PyTorch on an
-x86-64 CPU, float32, batch 1; the operators are those that PyTorch's own compiler uses.
+x86-64 CPU in float32; the operators are those that PyTorch's own compiler uses. Weights are packed at the first call,
+which two threads may not make at once; a packed network cannot be copied.
 """
 
 from __future__ import annotations
