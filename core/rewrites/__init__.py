@@ -65,7 +65,9 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
         for name, layer in list(owner.named_children()):
             if all(is_unused(f"{path}.{name}.{key}", model.config) for key in layer.state_dict()):
                 owner.add_module(name, nn.Identity())
-    return {name: import_module(f"{__name__}.{name}").apply(model) for name in NAMES if name in names}
+    sites = {name: import_module(f"{__name__}.{name}").apply(model) for name in NAMES if name in names}
+    model.eval()  # the modules that are new, too
+    return sites
 
 
 def rewritten(model: MSA2Net, names: Iterable[str]) -> MSA2Net:
