@@ -360,8 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", DemoModelWarning)
     try:
-        if arguments.json and not arguments.json.absolute().parent.is_dir():
-            raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
+        machine.require_folder(arguments.json)
         path = small_bundle() if arguments.model else arguments.bundle or DEMO_BUNDLE
         runtimes = arguments.runtimes.split(",") if arguments.runtimes else None
         result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick, arguments.plain)

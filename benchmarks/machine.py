@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from msa2net.errors import Msa2NetError
 from msa2net.runtimes.backends import default_threads
 from msa2net.runtimes.bundle import Manifest
 
@@ -31,6 +32,12 @@ def describe(threads: int) -> dict[str, Any]:
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
     }
+
+
+def require_folder(file: Path | None) -> None:
+    """Raises Msa2NetError unless the folder of `--json` is there: asked before a long run, not after it."""
+    if file and not file.absolute().parent.is_dir():
+        raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
 
 
 def _processor() -> str:

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from msa2net.benchmarks import machine
+from msa2net.benchmarks.latency import PAUSE_SECONDS
 from msa2net.core import VARIANTS
 from msa2net.core.checkpoint import load_model, model_by_rule, read_checkpoint
 from msa2net.core.config import IMAGE_SIZE
@@ -39,7 +40,6 @@ from msa2net.runtimes.measure import interleaved, timed
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 RUNTIMES = ("onnxruntime", "openvino", "pytorch")
-PAUSE_SECONDS = 0.004
 CHOSEN = files("msa2net.core.rewrites").joinpath("chosen.json")
 
 
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"choose by it: {CHOSEN.name}")
     arguments = parser.parse_args(argv)
     try:
+        machine.require_folder(arguments.json)
         runtimes = arguments.runtimes.split(",")
         if unknown := set(runtimes) - set(RUNTIMES):
             found = ", ".join(sorted(unknown))

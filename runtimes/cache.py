@@ -49,20 +49,27 @@ def default_folder() -> Path | None:
     return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))) / "msa2net"
 
 
+def cpu_features() -> set[str]:
+    """The CPU's instruction sets, such as "AVX512BF16", as numpy reads them by CPUID; empty if it does not tell.
+
+    Under user-mode emulation /proc/cpuinfo shows the host's, and this the emulated one's.
+    """
+    with suppress(ImportError):
+        from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
+            __cpu_features__ as features,
+        )
+
+        return {name for name, there in features.items() if there}
+    return set()
+
+
 def processor() -> str:
     """The processor's model and instruction sets: what is compiled for one may not run on another."""
     lines: set[str] = set()
     with suppress(OSError):  # the names of both on x86, of the latter on Arm
         wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
         lines = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(wanted)}
-    # Under user-mode emulation that file shows the host's processor; numpy asks the emulated one.
-    with suppress(ImportError):
-        from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
-            __cpu_features__ as features,
-        )
-
-        lines |= {name for name, there in features.items() if there}
-    return "\n".join([os.uname().machine, *sorted(lines)])
+    return "\n".join([os.uname().machine, *sorted(lines | cpu_features())])
 
 
 class Entry:

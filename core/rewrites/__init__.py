@@ -31,8 +31,6 @@ NAMES = (
     "window_order",
     "packed_products",
 )
-
-
 # For PyTorch alone: no exporter takes them.
 EAGER_ONLY = ("packed_products",)
 
@@ -56,9 +54,10 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
     if unknown := sorted(names - set(NAMES)):
         raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
     before = getattr(model, "_rewrites", ())
-    if before and names and min(map(NAMES.index, names)) <= max(map(NAMES.index, before)):
+    if before and names:
         first, last = min(names, key=NAMES.index), max(before, key=NAMES.index)
-        raise ValueError(f"rewrites: {first} after {last}, which comes later or is the same. Apply all at once.")
+        if NAMES.index(first) <= NAMES.index(last):
+            raise ValueError(f"rewrites: {first} after {last}, which comes later or is the same. Apply all at once.")
     model._rewrites = (*before, *names)  # type: ignore[assignment]
     for path in ("backbone", "decoder_3", "decoder_2"):
         owner = model.get_submodule(path)

@@ -6,6 +6,9 @@ BN(W x + b) = (s W) x + (s b + t). Before a 1 x 1 convolution without padding, W
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from msa2net.core.masag import MASAG
@@ -32,18 +35,12 @@ def apply(model: MSA2Net) -> int:
     return sites
 
 
-def _after(layer: nn.Module, owner: nn.Module, name: str) -> int:
-    assert isinstance(layer, nn.Conv2d)
+def _fold(fold: Callable[..., None], layer: nn.Module, owner: nn.Module, name: str) -> int:
     norm = owner.get_submodule(name)
     assert isinstance(norm, nn.BatchNorm2d)
-    scale_after(layer, *affine_of(norm))
+    fold(layer, *affine_of(norm))
     owner.add_module(name, nn.Identity())
     return 1
 
 
-def _before(layer: nn.Conv2d, owner: nn.Module, name: str) -> int:
-    norm = owner.get_submodule(name)
-    assert isinstance(norm, nn.BatchNorm2d)
-    scale_before(layer, *affine_of(norm))
-    owner.add_module(name, nn.Identity())
-    return 1
+_after, _before = partial(_fold, scale_after), partial(_fold, scale_before)

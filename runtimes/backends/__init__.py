@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.bundle import Manifest
-from msa2net.runtimes.cache import Slot
+from msa2net.runtimes.cache import Slot, cpu_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,8 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
 
 
 def cpu_lacks(precision: str) -> str:
-    """What this CPU would need to compute in `precision`; empty if nothing is missing, or for a precision of any CPU.
-
-    By CPUID, as numpy reads it: /proc/cpuinfo shows the host's flags under emulation.
-    """
-    if precision != "bf16":
-        return ""
-    from numpy._core._multiarray_umath import __cpu_features__ as features  # type: ignore[import-not-found]
-
-    return "" if features.get("AVX512BF16") or features.get("ASIMDBF16") else "AVX512_BF16"
+    """What this CPU would need to compute in `precision`; empty if nothing is missing."""
+    return "" if precision != "bf16" or {"AVX512BF16", "ASIMDBF16"} & cpu_features() else "AVX512_BF16"
 
 
 def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> RuntimeUnavailableError | None:

@@ -10,7 +10,7 @@ import io
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,44 +129,40 @@ class OpenVinoBackend:
             ) from error
         self._compiled = compiled
         self._local = threading.local()
-        self._layers = self._executed_layers()
+        executed = self._executed()
+        layers = Counter(found for kind, found in executed if kind not in _NO_COMPUTE)
         self.facts = Facts(
             version=openvino.__version__.split("-")[0],
             device=", ".join(compiled.get_property("EXECUTION_DEVICES")),
             provider=core.get_property(device, "FULL_DEVICE_NAME"),
-            precision=self._executed_precision(precision),
+            precision=self._require_precision(precision, {found for _, found in executed}, layers),
             threads=compiled.get_property("INFERENCE_NUM_THREADS") if device == "CPU" else 0,
-            layers=self._layers,
+            layers=dict(sorted(layers.items())),
         )
 
     @staticmethod
     def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
         return {"version": openvino.__version__, "threads": threads} if device == "CPU" else None
 
-    def _executed_layers(self) -> dict[str, int]:
-        """How many layers that compute were compiled to each precision."""
-        counts: Counter[str] = Counter()
-        for node in self._compiled.get_runtime_model().get_ordered_ops():
-            info = node.get_rt_info()
-            if "runtimePrecision" in info and str(info["layerType"].value) not in _NO_COMPUTE:
-                counts[str(info["runtimePrecision"].value)] += 1
-        return dict(sorted(counts.items()))
+    def _executed(self) -> list[tuple[str, str]]:
+        """Type and executed precision of every layer that says it."""
+        infos = (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
+        return [
+            (str(info["layerType"].value), str(info["runtimePrecision"].value))
+            for info in infos
+            if "runtimePrecision" in info
+        ]
 
-    def _executed_precision(self, asked: str) -> str:
-        """The precision asked for, once both the property and every executed node agree with it."""
+    def _require_precision(self, asked: str, executed: set[str], computed: Collection[str]) -> str:
+        """The precision asked for, if the property, all layers and those that compute agree with it."""
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT")
-        nodes = {
-            str(node.get_rt_info()["runtimePrecision"].value)
-            for node in self._compiled.get_runtime_model().get_ordered_ops()
-            if "runtimePrecision" in node.get_rt_info()
-        }
-        lower = {"bf16", "f16", "i8", "u8"} & nodes
+        lower = {"bf16", "f16", "i8", "u8"} & executed
         # A graph in bf16 has layers in f32, too: those kept there. One without any in bf16 is not in bf16.
-        wrong = bool(lower) if asked == "fp32" else _HINTS[asked].get_type_name() not in self._layers
+        wrong = bool(lower) if asked == "fp32" else _HINTS[asked].get_type_name() not in computed
         if hint != _HINTS[asked] or wrong:
             raise RuntimeUnavailableError(
                 "runtime 'openvino'",
-                f"runs in {hint.get_type_name()} with nodes in {sorted(nodes)}",
+                f"runs in {hint.get_type_name()} with nodes in {sorted(executed)}",
                 f"expected {asked}",
                 "Use another runtime on this device.",
             )
