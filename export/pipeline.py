@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
@@ -20,8 +19,8 @@ from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
-from msa2net.errors import CheckpointError, ExportError, Msa2NetError
-from msa2net.export import onnx_file, openvino_ir, parity, precision
+from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
+from msa2net.export import fp16, onnx_file, openvino_ir, parity, precision
 from msa2net.export.writer import check_target, new_bundle
 from msa2net.runtimes import preprocess
 from msa2net.runtimes.backends import backend_class, why_not_precision
@@ -32,11 +31,11 @@ from msa2net.runtimes.bundle import (
     MANIFEST,
     RESIZE_RULES,
     SCHEMA_VERSION,
+    VERDICTS,
     Manifest,
     digest_of,
     parse_manifest,
 )
-from msa2net.runtimes.measure import pixel_agreement
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -55,10 +54,9 @@ _FILES = {
     "pytorch": ("torch/weights.safetensors",),
 }
 # The precisions that each runtime's artifacts may have.
-PRECISIONS_OF = {"onnxruntime": ("fp32",), "openvino": ("fp32", "bf16"), "pytorch": ("fp32",)}
-_KEPT_XML = "openvino/model-bf16.xml"  # the same weights, with the places marked that stay in fp32
+PRECISIONS_OF = {"onnxruntime": ("fp32", "fp16"), "openvino": ("fp32", "bf16"), "pytorch": ("fp32",)}
+_LOWERED = {"openvino": "openvino/model-bf16.xml", "onnxruntime": "onnx/model-fp16.onnx"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
-_MARGIN = 2.0  # of a lower precision's golden tolerance: other CPUs round its sums in another order
 
 
 def export_bundle(
@@ -84,7 +82,8 @@ def export_bundle(
 ) -> Path:
     """Writes the bundle `output` from a `.safetensors` or `.pth` checkpoint and returns its path.
 
-    precisions   of the artifacts: "fp32", and "bf16" for OpenVINO, on a CPU that can run it: each is judged here
+    precisions   of the artifacts: "fp32"; "bf16" for OpenVINO, on a CPU that can run it: it is judged on it; "fp16" for
+                ONNX Runtime, judged with every tensor rounded to fp16. Blocks that lose accuracy stay in fp32.
     classes, mean, std, name, model_version   if None, what the checkpoint's metadata says, else "class 0", …; the
                 released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
     channels    3, or 1 for a network that is fed grey frames
@@ -180,43 +179,35 @@ def export_bundle(
         ]
         manifest = parse_manifest(json.dumps(document).encode())
 
-        def run(infer: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Iterator[parity.Result]:
-            for case in cases:
-                yield parity.run_case(case, manifest, infer)
-                bar.update()
-
         bar.set_postfix_str("reference")
         infer = parity.reference(model)
-        expected = list(run(infer))
+        expected = []
+        for case in cases:
+            expected.append(parity.run_case(case, manifest, infer))
+            bar.update()
         golden_results = [parity.run_case(case, manifest, infer) for case in golden]
         largest = _write_golden(folder, manifest, golden, golden_results)
-        for entry in document["artifacts"]:
-            if entry["precision"] == "bf16":
-                chosen_cases = cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES]
-                _keep_lossy_places(folder, entry, manifest, chosen_cases, bar)
-        manifest = parse_manifest(json.dumps(document).encode())
-        for artifact, entry in zip(manifest.artifacts, document["artifacts"], strict=True):
-            bar.set_postfix_str(f"parity {artifact.name}")
-            files = tuple(str(folder / file.path) for file in artifact.files)
-            backend = backend_class(artifact.runtime)(files, manifest, "CPU", artifact.precision, 1)
-            figures = parity.compare(
-                cases,
-                expected,
-                run(backend.infer),
-                manifest.classes,
-                artifact.precision,
-                Path(report) if report else None,
-                artifact.name,
-            )
-            if artifact.precision == "fp32":
-                entry["tolerance"] = {"logit": parity.logit_limit(largest), "pixels": parity.PIXEL_LIMIT}
+        judge = parity.Judge(folder, cases, expected, golden, golden_results, Path(report) if report else None, bar)
+        for i, entry in enumerate(document["artifacts"]):
+
+            def judged(index: int = i) -> dict[str, Any]:
+                manifest = parse_manifest(json.dumps(document).encode())
+                return judge(manifest, manifest.artifacts[index])
+
+            if entry["precision"] == "fp32":
+                entry |= judged() | {"tolerance": {"logit": parity.logit_limit(largest), "pixels": parity.PIXEL_LIMIT}}
             else:
-                held = [parity.run_case(case, manifest, backend.infer) for case in golden]
-                entry["tolerance"] = _measured_tolerance(golden_results, held)
-            backend.close()
+                _lower(folder, entry, manifest, cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES], judged, bar)
+            named = f"{entry['runtime']} {entry['precision']}"
+            if report and "precision_scan" in entry:
+                text = json.dumps(entry["precision_scan"], indent=1) + "\n"
+                Path(report, f"{named.replace(' ', '-')}-places.json").write_text(text, encoding="utf-8")
             if not allow_accuracy_loss:
-                parity.require(artifact.name, figures, artifact.precision)
-            entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | figures
+                parity.require(named, entry["parity"], entry["precision"])
+            entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | entry["parity"]
+        listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
+        for relative in {path for paths in _FILES.values() for path in paths} - listed:
+            (folder / relative).unlink(missing_ok=True)  # made only to be lowered
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         bar.set_postfix_str("writing")
     return output
@@ -292,7 +283,7 @@ def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple
     found = []
     for runtime in runtimes:
         for each in (each for each in PRECISIONS_OF[runtime] if each in asked):
-            if error := why_not_precision(runtime, each):
+            if each != "fp16" and (error := why_not_precision(runtime, each)):  # fp16 is emulated
                 raise ExportError(
                     f"{runtime} {each}", error.found, "expected one that can judge it", "Export it on such a CPU."
                 )
@@ -300,31 +291,58 @@ def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple
     return found
 
 
-def _keep_lossy_places(
-    folder: Path, entry: dict[str, Any], manifest: Manifest, cases: Sequence[parity.Case], bar: Any
+def _lower(
+    folder: Path,
+    entry: dict[str, Any],
+    manifest: Manifest,
+    cases: Sequence[parity.Case],
+    judged: Callable[[], dict[str, Any]],
+    bar: Any,
 ) -> None:
-    """Scans the OpenVINO model in bf16 and adds the result to its entry; if places are kept, it gets an IR for itself.
+    """Ranks the places of the entry's network on a few cases, and keeps as few in fp32 as give the verdict "high".
 
-    The weights stay those of fp32: both artifacts list the same `.bin`.
+    If none of the steps does, the best of them is taken. Adds the ranking, the steps and the judgement to the entry.
     """
-    xml, weights = (folder / relative for relative in _FILES["openvino"])
+    runtime, named = entry["runtime"], entry["precision"]
     tensors = [preprocess.to_tensor(case.frame, manifest.input, case.bits) for case in cases]
 
     def tick(place: str) -> None:
-        bar.set_postfix_str(f"bf16 scan: {place}")
+        bar.set_postfix_str(f"{named}: {place}")
 
-    found = entry["precision_scan"] = precision.scan((xml, weights), tensors, tick)
-    if found["kept"]:
-        precision.keep(xml, folder / _KEPT_XML, found["kept"])
-        entry["files"] = [_file_entry(folder, relative) for relative in (_KEPT_XML, _FILES["openvino"][1])]
+    lowering: precision.Lowering
+    if named == "fp16":
+        lowering = fp16.Fp16(folder, _FILES[runtime][0], _LOWERED[runtime], tensors)
+    else:
+        lowering = openvino_ir.Bf16(folder, _FILES[runtime], _LOWERED[runtime])
+    scan = precision.rank(lowering, tensors, tick)
+    if isinstance(lowering, fp16.Fp16):
+        scan["ranges"] = lowering.found()
 
+    def step(kept: Sequence[str]) -> dict[str, Any]:
+        files = [_file_entry(folder, relative) for relative in lowering.write(kept)]
+        entry["files"] = files
+        return {"files": files} | judged()
 
-def _measured_tolerance(expected: Sequence[parity.Result], found: Sequence[parity.Result]) -> dict[str, float]:
-    """Of the golden frames: `_MARGIN` times the largest difference of a logit and the largest share of other pixels."""
-    pairs = list(zip(expected, found, strict=True))
-    difference = max(float(np.abs(a.logits - b.logits).max()) for a, b in pairs)
-    other = max(1 - pixel_agreement(a.mask, b.mask) for a, b in pairs)
-    return {"logit": _MARGIN * difference, "pixels": min(parity.PIXEL_LIMIT, 1 - _MARGIN * other)}
+    best: tuple[int, dict[str, Any]] | None = None
+    scan["steps"] = []
+    for kept in precision.steps(scan["places"]):
+        row: dict[str, Any] = {"kept": len(kept), "verdict": None, "ratio_bound": None, "pixel_agreement": None}
+        scan["steps"].append(row)
+        try:
+            found = step(kept)
+        except RuntimeUnavailableError as error:  # OpenVINO cannot compile every mix of marked and unmarked nodes
+            row["reason"] = error.found
+            continue
+        row |= {key: found["parity"][key] for key in ("verdict", "ratio_bound", "pixel_agreement")}
+        order = VERDICTS.index(found["parity"]["verdict"])
+        if best is None or order < best[0]:
+            best, scan["kept"] = (order, found), list(kept)
+        if found["parity"]["verdict"] in ("high", "unjudged"):  # without a judgement, more would be kept blindly
+            break
+    if best is None:
+        raise ExportError(f"{runtime} {named}", "cannot be run", "expected some mix that can", "Export fp32 alone.")
+    entry |= best[1] if scan["kept"] == list(kept) else step(scan["kept"])  # the files are those of the last step
+    entry["precision_scan"] = scan
 
 
 def _file_entry(folder: Path, relative: str) -> dict[str, Any]:

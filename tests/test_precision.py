@@ -1,16 +1,32 @@
-"""Lower precisions: what a CPU can run, what is asked for by name, and the scan's figures."""
+"""Lower precisions: what a CPU can run, what is asked for by name, the ranking, and fp16 where it cannot be run."""
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import msa2net.runtimes.backends as backends
-from msa2net.errors import ExportError
-from msa2net.export import pipeline, precision
+from msa2net.errors import ExportError, RuntimeUnavailableError
+from msa2net.export import export_bundle, fp16, openvino_ir, parity, pipeline, precision
+from msa2net.runtimes import Predictor
+from msa2net.runtimes.bundle import MANIFEST
+from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+DEMO = Path(__file__).resolve().parents[1] / "core" / "demo.safetensors"
+can_run_bf16 = pytest.mark.skipif(bool(backends.cpu_lacks("bf16")), reason="this CPU cannot compute in bf16")
+
+
+# What is asked for ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -31,10 +47,29 @@ def test_a_precision_that_no_runtime_has_is_refused() -> None:
         pipeline._artifacts(("onnxruntime",), ("fp32", "bf16"))
 
 
-def test_bf16_is_refused_where_it_cannot_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "cpu_lacks", lambda name: "AVX512_BF16" if name == "bf16" else "")
+def test_bf16_is_refused_where_it_cannot_be_judged_and_fp16_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "cpu_features", set)
     with pytest.raises(ExportError, match="openvino bf16: this CPU cannot run bf16, it has no AVX512_BF16"):
         pipeline._artifacts(("openvino",), ("bf16",))
+    assert pipeline._artifacts(("onnxruntime",), ("fp16",)) == [("onnxruntime", "fp16")]
+
+
+@pytest.mark.parametrize(
+    ("named", "features", "runs"),
+    [
+        ("fp16", {"ASIMD", "ASIMDHP"}, True),
+        ("fp16", {"AVX512F", "AVX512BF16"}, False),
+        ("bf16", {"ASIMDBF16"}, True),
+        ("bf16", {"AVX512F"}, False),
+        ("fp32", set[str](), True),
+    ],
+)
+def test_what_a_cpu_lacks(monkeypatch: pytest.MonkeyPatch, named: str, features: set[str], runs: bool) -> None:
+    monkeypatch.setattr(backends, "cpu_features", lambda: features)
+    assert (backends.cpu_lacks(named) == "") == runs
+
+
+# The ranking ----------------------------------------------------------------------------------------------------
 
 
 def test_the_error_is_of_the_pixels_near_a_change_of_class() -> None:
@@ -47,12 +82,300 @@ def test_the_error_is_of_the_pixels_near_a_change_of_class() -> None:
     assert precision.boundary_error([want], [near]) == pytest.approx(5)
 
 
+class Adding:
+    """A network whose places each add a known error in quadrature, and one that the runtime cannot run apart."""
+
+    places = ("a", "b", "c", "d")
+    base = 0.5
+
+    def __init__(self) -> None:
+        self.errors = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 0.0}
+
+    def reference(self) -> precision.Infer:
+        return lambda x: np.stack([np.zeros_like(x[0, :1]), x[0, :1]], 1)
+
+    def infer(self, kept: Collection[str]) -> precision.Infer:
+        if set(kept) == {"a", "b", "c"}:
+            raise RuntimeError("cannot be compiled")
+        power = sum(self.errors[name] ** 2 for name in self.places if name not in kept) + self.base**2
+        return lambda x: np.stack([np.zeros_like(x[0, :1]), x[0, :1] + np.float32(power**0.5)], 1)
+
+    def write(self, kept: Collection[str]) -> tuple[str, ...]:
+        raise AssertionError("ranking writes nothing")
+
+
+def test_places_are_ranked_by_their_own_error_with_what_none_accounts_for_taken_off() -> None:
+    told: list[str] = []
+    found = precision.rank(Adding(), [np.ones((1, 1, 8, 8), np.float32)] * 2, told.append)
+    assert [row["place"] for row in found["places"]] == ["b", "c", "a", "d"]
+    assert [row["error"] for row in found["places"][:3]] == pytest.approx([3, 2, 1], rel=1e-5)
+    assert found["error"] == pytest.approx(14.25**0.5, rel=1e-5)
+    assert found["error_of_unmarkable"] == pytest.approx(0.5, rel=1e-5)
+    assert found["places"][0]["share"] == pytest.approx(9 / 14.25, rel=1e-5)
+    assert found["places"][3]["share"] is None
+    assert told == ["fp32", "nothing kept", "all kept", "a", "b", "c", "d"]
+
+
+def test_steps_go_from_nothing_to_everything_and_the_worst_come_first() -> None:
+    rows = [{"place": name} for name in "abcdef"]
+    assert ["".join(kept) for kept in precision.steps(rows)] == ["", "a", "ab", "abcd", "abcdef"]
+    assert list(precision.steps([])) == [()]
+
+
+# fp16 -----------------------------------------------------------------------------------------------------------
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+
+
+def network(*nodes: onnx.NodeProto, outcome: tuple[int, ...] = (1, 4), **constants: NDArray[Any]) -> ModelProto:
+    """image (1, 4) -> logits (outcome), of these nodes; each is named `place/<its output>`."""
+    for node in nodes:
+        node.name = f"place/{node.output[0]}"
+    graph = helper.make_graph(
+        list(nodes),
+        "network",
+        [helper.make_tensor_value_info("image", FLOAT, (1, 4))],
+        [helper.make_tensor_value_info("logits", FLOAT, outcome)],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def run(model: ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    onnx.checker.check_model(model, full_check=True)
+    return fp16._session(model)(x)
+
+
+def types(model: ModelProto) -> dict[str, int]:
+    return {name: kind for name, (kind, _) in fp16._shapes(model).items()}
+
+
+SQUARE = (
+    helper.make_node("Mul", ["image", "image"], ["square"]),
+    helper.make_node("Reshape", ["square", "target"], ["moved"]),
+    helper.make_node("Sqrt", ["moved"], ["root"]),
+    helper.make_node("Add", ["root", "one"], ["logits"]),
+)
+CONSTANTS: dict[str, Any] = {"outcome": (4, 1), "target": np.array([4, 1]), "one": np.float32([1])}
+
+
+def test_the_inputs_and_outputs_stay_in_fp32_and_all_between_is_fp16() -> None:
+    half = fp16.convert(network(*SQUARE, **CONSTANTS), ())
+    found = types(half)
+    assert (found["image"], found["logits"]) == (FLOAT, FLOAT)
+    assert {name: found[name] for name in ("square", "moved", "root", "one/fp16")} == dict.fromkeys(
+        ("square", "moved", "root", "one/fp16"), HALF
+    )
+    assert "one" not in found
+    assert run(fp16.emulated(half), np.float32([[1, 2, 3, 4]])).ravel() == pytest.approx([2, 3, 4, 5])
+
+
+def test_a_square_beyond_the_range_overflows_in_the_emulation_and_not_in_onnx_runtime() -> None:
+    half = fp16.convert(network(*SQUARE, **CONSTANTS), ())
+    x = np.float32([[300, 255, 1, 1]])
+    assert run(fp16.emulated(half), x).ravel().tolist() == [np.inf, 256, 2, 2]
+    # What makes the emulation necessary. If this fails, ONNX Runtime has learnt to compute fp16 on this CPU.
+    if backends.cpu_lacks("fp16"):
+        options = onnxruntime.SessionOptions()
+        session = onnxruntime.InferenceSession(half.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        assert session.run(None, {"image": x})[0].ravel()[0] == 301
+
+
+def test_what_would_overflow_is_kept_in_fp32_with_what_reads_it() -> None:
+    model = network(*SQUARE, **CONSTANTS)
+    x = np.float32([[300, 255, 1, 1]])
+    found = fp16.ranges(model, [x, x / 2])
+    assert found["place/square"] == (90000, 90000)
+    assert "place/moved" not in found
+    kept = fp16.unfit(model, found, ())
+    assert kept == {"place/square", "place/root"}
+    half = fp16.convert(model, kept)
+    assert types(half)["moved"] == FLOAT
+    assert run(fp16.emulated(half), x).ravel().tolist() == [301, 256, 2, 2]
+
+
+def test_there_is_headroom_for_larger_values_than_were_measured() -> None:
+    model = network(*SQUARE, **CONSTANTS)
+    for value, kept in ((127.0, False), (129.0, True)):  # the square of 128 is a quarter of the limit
+        found = fp16.ranges(model, [np.full((1, 4), value, np.float32)])
+        assert ("place/square" in fp16.unfit(model, found, ())) is kept
+
+
+@pytest.mark.parametrize(
+    ("node", "inside", "outcome"),
+    [
+        (helper.make_node("ReduceL2", ["image"], ["logits"]), 4 * 9, (1, 1)),
+        (helper.make_node("ReduceMean", ["image"], ["logits"]), 4 * 3, (1, 1)),
+        (helper.make_node("Relu", ["image"], ["logits"]), 3, (1, 4)),
+    ],
+    ids=["norm", "mean", "relu"],
+)
+def test_the_sums_that_a_node_makes_inside_count(node: onnx.NodeProto, inside: float, outcome: tuple[int, ...]) -> None:
+    found = fp16.ranges(network(node, outcome=outcome), [np.full((1, 4), 3, np.float32)])
+    assert found["place/logits"][1] == pytest.approx(inside, rel=1e-6)
+
+
+def test_a_value_that_is_not_finite_fits_nowhere() -> None:
+    model = network(helper.make_node("Log", ["image"], ["logits"]))
+    found = fp16.ranges(model, [np.float32([[-1, 1, 1, 1]])])
+    assert fp16.unfit(model, found, ()) == {"place/logits"}
+
+
+def test_an_epsilon_that_vanishes_is_named_and_kept_with_the_division_by_it() -> None:
+    model = network(
+        helper.make_node("ReduceL2", ["image"], ["norm"]),
+        helper.make_node("Clip", ["norm", "eps"], ["clipped"]),
+        helper.make_node("Expand", ["clipped", "target"], ["wide"]),
+        helper.make_node("Div", ["image", "wide"], ["logits"]),
+        eps=np.array(1e-12, np.float32),
+        target=np.array([1, 4]),
+    )
+    assert fp16.vanishing(model) == {"place/clipped": pytest.approx(1e-12)}
+    zeros = np.zeros((1, 4), np.float32)
+    assert np.isnan(run(fp16.emulated(fp16.convert(model, ())), zeros)).all()
+    kept = fp16.unfit(model, fp16.ranges(model, [zeros]), fp16.vanishing(model))
+    assert kept == {"place/clipped", "place/logits"}
+    assert (run(fp16.emulated(fp16.convert(model, kept)), zeros) == 0).all()
+
+
+def test_a_constant_that_both_precisions_read_is_there_in_both() -> None:
+    model = network(
+        helper.make_node("Mul", ["image", "third"], ["a"]),
+        helper.make_node("Mul", ["a", "third"], ["logits"]),
+        third=np.float32([1 / 3]),
+    )
+    half = fp16.convert(model, {"place/a"})
+    found = types(half)
+    assert (found["third"], found["third/fp16"], found["a"]) == (FLOAT, HALF, FLOAT)
+    x = np.float32([[1, 2, 3, 4]])
+    third = np.float16(1 / 3)
+    expected = np.float16(np.float32(np.float16(x / 3)) * np.float32(third)).astype(np.float32)
+    assert (run(fp16.emulated(half), x) == expected).all()
+
+
+def test_weights_beyond_the_range_are_refused_by_name() -> None:
+    model = network(helper.make_node("Mul", ["image", "large"], ["logits"]), large=np.float32([1e5]))
+    with pytest.raises(ExportError, match="fp16: large: has weights beyond 65504"):
+        fp16.convert(model, ())
+
+
+def test_every_node_has_a_name_of_its_own_for_onnx_runtime_asks_for_it() -> None:
+    onnx_file = DEMO_BUNDLE / "onnx/model.onnx"
+    half = fp16.convert(onnx.load(onnx_file), ())
+    names = [node.name for node in half.graph.node]
+    assert len(set(names)) == len(names)
+
+
+# Real artifacts -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any]]]:
+    """Exports the demo in a lower precision alone, ranked on one frame and judged on ten: the bundle and the entry."""
+    few = parity.phantom_cases
+    monkeypatch.setattr(parity, "phantom_cases", lambda grey, count=20: few(grey, count))
+    monkeypatch.setattr(pipeline, "_SCAN_CASES", 1)
+
+    def export(runtime: str, named: str, **options: Any) -> tuple[Path, dict[str, Any]]:
+        bundle = export_bundle(
+            DEMO, tmp_path / "low.bundle", runtimes=(runtime,), precisions=(named,), progress=False, **options
+        )
+        (entry,) = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["artifacts"]
+        return bundle, entry
+
+    return export
+
+
+def test_an_fp16_artifact_is_judged_ranked_and_half_the_size_and_is_no_fp32_on_this_cpu(
+    quick: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, entry = quick("onnxruntime", "fp16", report=tmp_path / "report")
+    assert [file["path"] for file in entry["files"]] == ["onnx/model-fp16.onnx"]
+    assert not (bundle / "onnx/model.onnx").exists()
+    assert entry["files"][0]["bytes"] < 0.6 * (DEMO_BUNDLE / "onnx/model.onnx").stat().st_size
+    assert entry["parity"]["verdict"] == "high"
+    assert 0 < entry["parity"]["logit_difference"] < 0.1
+    assert entry["tolerance"]["logit"] < 0.2
+    scan = entry["precision_scan"]
+    assert scan["steps"][0]["verdict"] == "high"
+    assert scan["kept"] == []
+    assert scan["ranges"]["largest"][0]["sum"] < 65504 / 4
+    clamps = [row["node"].rpartition("/")[0] for row in scan["ranges"]["vanishing"]]
+    assert clamps == [f"decoder_2.tran_layer{i}.channel_attn" for i in (1, 1, 2, 2)]
+    assert json.loads((tmp_path / "report/onnxruntime-fp16-places.json").read_text()) == scan
+    if backends.cpu_lacks("fp16"):
+        with pytest.raises(RuntimeUnavailableError, match="this CPU cannot run fp16"):
+            Predictor.load(bundle, runtime="onnxruntime", precision="fp16")
+        monkeypatch.setattr(backends, "cpu_lacks", lambda _: "")
+        with pytest.raises(RuntimeUnavailableError, match="computes every product of this fp16 model in fp32"):
+            Predictor.load(bundle, runtime="onnxruntime", precision="fp16")
+
+
+@can_run_bf16
+def test_a_bf16_artifact_shares_its_weights_and_runs_in_bf16(
+    quick: Callable[..., tuple[Path, dict[str, Any]]],
+) -> None:
+    bundle, entry = quick("openvino", "bf16")
+    assert [file["path"] for file in entry["files"]][1] == "openvino/model.bin"
+    assert entry["parity"]["verdict"] in ("high", "standard")
+    with Predictor.load(bundle, runtime="openvino", precision="bf16") as predictor:
+        assert predictor.self_test().passed
+        assert predictor.execution.layers["bf16"] > 300
+
+
+@pytest.fixture
+def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ranking at hand, in place of the measured one."""
+    places = ("stages.0.blocks.0", "stem", "decoder_0.layer_up", "decoder_2.tran_layer1", "decoder_1.ag_attn")
+    monkeypatch.setattr(precision, "rank", lambda *_: {"places": [{"place": place} for place in places]})
+
+
+@can_run_bf16
+@pytest.mark.usefixtures("ranked")
+def test_places_are_kept_until_the_verdict_is_high(
+    quick: Callable[..., tuple[Path, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter(["failed", "standard", "standard", "high"])
+    compare = parity.compare
+    monkeypatch.setattr(parity, "compare", lambda *a: compare(*a) | {"verdict": next(verdicts)})
+    bundle, entry = quick("openvino", "bf16")
+    scan = entry["precision_scan"]
+    run_steps = [step for step in scan["steps"] if step["verdict"]]
+    assert [step["verdict"] for step in run_steps] == ["failed", "standard", "standard", "high"]
+    kept = run_steps[-1]["kept"]
+    assert scan["kept"] == [row["place"] for row in scan["places"][:kept]]
+    assert [file["path"] for file in entry["files"]] == ["openvino/model-bf16.xml", "openvino/model.bin"]
+    marked = [
+        precision.place_of(layer.get("name", ""))
+        for layer in ElementTree.parse(bundle / "openvino/model-bf16.xml").getroot().iter("layer")
+        if layer.find("rt_info/attribute[@name='precise']") is not None
+    ]
+    assert set(marked) == set(scan["kept"])
+    with Predictor.load(bundle, runtime="openvino", precision="bf16") as predictor:
+        assert predictor.self_test().passed
+        assert predictor.execution.layers["f32"] > 20
+
+
+@can_run_bf16
+@pytest.mark.usefixtures("ranked")
+def test_the_best_step_is_taken_if_none_is_high(
+    quick: Callable[..., tuple[Path, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["failed", "standard"]  # of the first two steps; all later ones fail
+    compare = parity.compare
+    monkeypatch.setattr(parity, "compare", lambda *a: compare(*a) | {"verdict": given.pop(0) if given else "failed"})
+    _, entry = quick("openvino", "bf16", allow_accuracy_loss=True)
+    scan = entry["precision_scan"]
+    assert scan["kept"] == [scan["places"][0]["place"]]
+    assert entry["files"][0]["path"] == "openvino/model-bf16.xml"
+
+
 def test_the_nodes_of_a_kept_place_are_marked_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "a.xml").write_text(
         '<net><layers><layer name="decoder_0/add" type="Add"><data/><output/></layer>'
         '<layer name="decoder_1/add" type="Add"/><layer name="decoder_0/c" type="Const"/></layers></net>'
     )
-    assert precision.keep(tmp_path / "a.xml", tmp_path / "b.xml", ["decoder_0"]) == 1
+    assert openvino_ir.keep(tmp_path / "a.xml", tmp_path / "b.xml", ["decoder_0"]) == 1
     first, second, constant = ElementTree.parse(tmp_path / "b.xml").getroot().iter("layer")
     assert [child.tag for child in first] == ["data", "rt_info", "output"]
     assert len(second) == len(constant) == 0

@@ -96,9 +96,17 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
     return None
 
 
+# By precision: the instruction sets of which one is needed, as numpy names them, and how to say so.
+_NEEDS = {
+    "bf16": ({"AVX512BF16", "ASIMDBF16"}, "AVX512_BF16"),
+    "fp16": ({"ASIMDHP"}, "FEAT_FP16 of Arm, and on x86 ONNX Runtime computes fp16 in fp32"),
+}
+
+
 def cpu_lacks(precision: str) -> str:
     """What this CPU would need to compute in `precision`; empty if nothing is missing."""
-    return "" if precision != "bf16" or {"AVX512BF16", "ASIMDBF16"} & cpu_features() else "AVX512_BF16"
+    needed, said = _NEEDS.get(precision, (set(), ""))
+    return said if needed and not needed & cpu_features() else ""
 
 
 def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> RuntimeUnavailableError | None:
@@ -177,13 +185,18 @@ def _smallest_quota(mounted: Path, path: str, top: str) -> float:
     return quota
 
 
-def require_fp32_cpu(runtime: str, device: str, precision: str) -> None:
-    """Raises RuntimeUnavailableError unless `device` is "CPU" and `precision` is "fp32"."""
-    if precision != "fp32":
+def require_cpu(runtime: str, device: str, precision: str, offered: tuple[str, ...] = ("fp32",)) -> None:
+    """Raises RuntimeUnavailableError unless `device` is "CPU", and `precision` is offered and runs on it."""
+    if precision not in offered:
         raise RuntimeUnavailableError(
-            f"runtime {runtime!r}", f"got precision {precision!r}", "expected 'fp32'", "Others are not supported yet."
+            f"runtime {runtime!r}",
+            f"got precision {precision!r}",
+            f"expected {' or '.join(map(repr, offered))}",
+            "Others are not supported yet.",
         )
     if device != "CPU":
         raise RuntimeUnavailableError(
             f"runtime {runtime!r}", f"got device {device!r}", "expected 'CPU'", "Other devices are not supported yet."
         )
+    if error := why_not_precision(runtime, precision):
+        raise error

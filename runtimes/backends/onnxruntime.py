@@ -6,9 +6,13 @@ them in memory of its own. What ONNX Runtime optimises is for one processor, so 
 
 from __future__ import annotations
 
+import json
 import mmap
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +20,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, require_fp32_cpu
+from msa2net.runtimes.backends import Facts, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
 PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
+_PRODUCTS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul"}
+_NO_COMPUTE = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose"}  # these move data
 _MODEL, _DATA = "model.onnx", "model.data"
 _LEAST = 1024  # bytes; smaller tensors stay in the model
 _ALIGNMENT = 4096  # a tensor's place in the file that is mapped
@@ -39,11 +45,28 @@ class OnnxRuntimeBackend:
         threads: int,
         slot: Slot | None = None,
     ) -> None:
-        require_fp32_cpu("onnxruntime", device, precision)
+        require_cpu("onnxruntime", device, precision, ("fp32", "fp16"))
         self._threads = threads
-        session = slot.use(self._from_cache, lambda folder: self._compile(files[0], folder)) if slot else None
+        with TemporaryDirectory() if precision == "fp16" else nullcontext() as self._profiles:
+            # Of fp16, ONNX Runtime 1.32 on Arm cannot read the packed weights that it wrote.
+            session = self._load(files[0], slot if precision == "fp32" else None)
+            # A graph of floats runs in fp32 on this provider; one in fp16 may do so, too, and that is read back.
+            layers = self._executed(session, manifest) if precision == "fp16" else {}
+        self._session = session
+        self._input = session.get_inputs()[0].name
+        self.facts = Facts(
+            version=onnxruntime.__version__,
+            device="CPU",
+            provider=PROVIDER,
+            precision=precision,
+            threads=threads,
+            layers=layers,
+        )
+
+    def _load(self, file: str, slot: Slot | None) -> Any:
+        session = slot.use(self._from_cache, lambda folder: self._compile(file, folder)) if slot else None
         try:
-            session = session or self._open(files[0], self._options())
+            session = session or self._open(file, self._options())
         except Exception as error:  # its exception classes share no other base
             raise RuntimeUnavailableError(
                 "runtime 'onnxruntime'", f"cannot load the model ({error})", "", "Update onnxruntime, or export again."
@@ -56,15 +79,28 @@ class OnnxRuntimeBackend:
                 f"expected [{PROVIDER!r}]",
                 "Reinstall onnxruntime alone, without onnxruntime-gpu.",
             )
-        self._session = session
-        self._input = session.get_inputs()[0].name
-        self.facts = Facts(
-            version=onnxruntime.__version__,
-            device="CPU",
-            provider=PROVIDER,
-            precision=precision,  # a graph of floats runs in fp32 on this provider: the artifact fixes it
-            threads=threads,
-        )
+        return session
+
+    @staticmethod
+    def _executed(session: Any, manifest: Manifest) -> dict[str, int]:
+        """How many nodes compute in each precision, by the profile of one inference; no output is used.
+
+        Raises RuntimeUnavailableError if no product is computed in fp16.
+        """
+        contract = manifest.input
+        nothing = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
+        session.run(None, {session.get_inputs()[0].name: nothing})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        ran = [event["args"] for event in events if "output_type_shape" in event.get("args", {})]
+        kinds = [(each["op_name"], next(iter(each["output_type_shape"][0]), "")) for each in ran]
+        if not any(name in _PRODUCTS and kind == "float16" for name, kind in kinds):
+            raise RuntimeUnavailableError(
+                "runtime 'onnxruntime'",
+                "computes every product of this fp16 model in fp32",
+                "expected fp16",
+                "Use the artifact in fp32: it is as fast here.",
+            )
+        return dict(sorted(Counter(kind for name, kind in kinds if name not in _NO_COMPUTE).items()))
 
     @staticmethod
     def compiled_for(device: str, threads: int) -> dict[str, Any]:
@@ -79,6 +115,9 @@ class OnnxRuntimeBackend:
         # frames: a device has other work to do.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self._profiles:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profiles, "profile"))
         return options
 
     @staticmethod

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, require_fp32_cpu
+from msa2net.runtimes.backends import Facts, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Slot
 
@@ -42,7 +42,7 @@ class PyTorchBackend:
         from msa2net.core.network import MSA2Net, is_unused
         from msa2net.core.rewrites import EAGER_ONLY, apply, chosen
 
-        require_fp32_cpu("pytorch", device, precision)
+        require_cpu("pytorch", device, precision)
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeUnavailableError(
                 "runtime 'pytorch'",
