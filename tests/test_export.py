@@ -614,7 +614,7 @@ def test_a_folder_without_readable_images_is_refused_and_leaves_nothing(
 
 def damaged(error: float) -> Callable[[str], type]:
     """`backend_class` for a backend whose logits of class 1 are off by `error`."""
-    real = pipeline.backend_class
+    real = parity.backend_class
 
     def choose(runtime: str) -> type:
         class Damaged(real(runtime)):  # type: ignore[misc]
@@ -635,7 +635,7 @@ def test_a_model_that_misses_parity_is_refused_with_its_figures_and_leaves_nothi
     if force:
         quick(checkpoint, tmp_path / "b")
     before = snapshot(tmp_path)
-    monkeypatch.setattr(pipeline, "backend_class", damaged(0.01))
+    monkeypatch.setattr(parity, "backend_class", damaged(0.01))
     with pytest.raises(ExportError) as caught:
         quick(checkpoint, tmp_path / "b", force=force)
     text = str(caught.value)

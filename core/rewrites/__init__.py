@@ -36,8 +36,10 @@ EAGER_ONLY = ("packed_products",)
 
 
 def chosen(runtime: str) -> tuple[str, ...]:
-    """The rewrites that `runtime` gets."""
+    """The rewrites that `runtime` gets. Raises ValueError for one that has not been measured."""
     table = json.loads(files(__name__).joinpath("chosen.json").read_text("utf-8"))
+    if runtime not in table:
+        raise ValueError(f"runtime: got {runtime!r}, expected one of {', '.join(table)}, see benchmarks.rewrites")
     return tuple(table[runtime])
 
 

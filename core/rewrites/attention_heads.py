@@ -26,7 +26,7 @@ class SeparateHeads(WindowAttention):
         width = self.heads * self.head_width
         weight = attention.qkv.weight.view(self.heads, 3, self.head_width, width)
         bias = attention.qkv.bias.view(self.heads, 3, self.head_width)
-        self.q, self.k, self.v = (nn.Linear(width, width, dtype=weight.dtype) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(width, width, dtype=weight.dtype, device="meta") for _ in range(3))
         for i, layer in enumerate((self.q, self.k, self.v)):
             set_weights(layer, weight[:, i].reshape(width, width), bias[:, i].flatten())
 

@@ -32,7 +32,7 @@ class CollapsedMASAG(nn.Module):
         self.dconv, self.proj, self.bn = gate.multi.local.dconv, gate.proj, gate.bn
         self.conv_block, self.bn_2 = gate.conv_block, gate.bn_2
         u, alpha, beta, gamma = collapsed(gate)
-        self.select = nn.Conv2d(len(u), 1, 1, dtype=gate.selection.weight.dtype)
+        self.select = nn.Conv2d(len(u), 1, 1, dtype=gate.selection.weight.dtype, device="meta")
         set_weights(self.select, u.view(1, -1, 1, 1), gamma.view(1))
         self.alpha, self.beta = float(alpha), float(beta)
 

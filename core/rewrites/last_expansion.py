@@ -36,8 +36,8 @@ class ProjectingExpand(nn.Module):
         expand = up.expand.weight.double().view(self.scale**2, self.channels, -1)
         centred = expand - expand.mean(1, keepdim=True)
         dtype, width = up.expand.weight.dtype, expand.shape[-1]
-        self.deviation = nn.Linear(width, self.scale**2 * self.channels, bias=False)
-        self.project = nn.Linear(width, self.scale**2 * self.classes, bias=False)
+        self.deviation = nn.Linear(width, self.scale**2 * self.channels, bias=False, device="meta")
+        self.project = nn.Linear(width, self.scale**2 * self.classes, bias=False, device="meta")
         self.deviation.weight = nn.Parameter(centred.reshape(-1, width).to(dtype), requires_grad=False)
         classes = ((projection * weight) @ centred).reshape(-1, width)
         self.project.weight = nn.Parameter(classes.to(dtype), requires_grad=False)

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Runs Python on an emulated Arm processor: tests/arm.sh FOLDER -m msa2net verify BUNDLE --runtime onnxruntime
+# FOLDER is made on the first call, 0.5 GB: Debian's Python 3.11 for arm64, and the wheels of numpy and both runtimes.
+# Needs Debian with qemu-user-static and pip. It shows whether results are right, never how fast they come.
+set -eu
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1"
+cd "$1"
+shift
+if [ ! -e done ]; then
+    rm -rf apt root site wheels
+    mkdir -p apt/lists/partial apt/cache/archives/partial root/proc site
+    touch apt/status
+    apt="apt-get -q -oAPT::Architecture=arm64 -oAPT::Architectures=arm64 -oDir::State::Lists=$PWD/apt/lists
+        -oDir::State::status=$PWD/apt/status -oDir::Cache=$PWD/apt/cache"
+    $apt update
+    $apt --download-only --no-install-recommends -y install python3.11-minimal python3.11 libpython3.11-stdlib \
+        libstdc++6 libgomp1 zlib1g
+    for package in apt/cache/archives/*.deb; do dpkg -x "$package" root; done
+    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
+        --platform manylinux_2_31_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
+        --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
+        -d wheels numpy onnxruntime openvino pillow flatbuffers protobuf packaging
+    for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" site; done
+    ln -s "$checkout" site/msa2net
+    # ONNX Runtime reads the processor from these; qemu shadows absolute paths with the folder given by -L.
+    cpus=root/sys/devices/system/cpu
+    for cpu in 0 1; do
+        mkdir -p $cpus/cpu$cpu/topology
+        echo $cpu > $cpus/cpu$cpu/topology/core_id
+        echo 0 > $cpus/cpu$cpu/topology/physical_package_id
+        echo 0-1 > $cpus/cpu$cpu/topology/core_siblings_list
+        printf 'processor\t: %s\nFeatures\t: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm %s\n' \
+            $cpu 'lrcpc dcpop asimddp'
+        printf 'CPU implementer\t: 0x41\nCPU architecture: 8\nCPU variant\t: 0x3\nCPU part\t: 0xd0b\nCPU revision\t: 1\n\n'
+    done > root/proc/cpuinfo
+    for name in possible present online; do echo 0-1 > $cpus/$name; done
+    touch done
+fi
+PYTHONPATH=$PWD/site exec qemu-aarch64-static -cpu cortex-a76 -L root root/usr/bin/python3.11 "$@"
