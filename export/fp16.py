@@ -9,7 +9,7 @@ tensor rounded to fp16 as it is written, `emulated`. Sums inside a node are take
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from msa2net.errors import ExportError
 from msa2net.export.precision import Infer, place_of
 
 LARGEST, SMALLEST = 65504.0, 2.0**-24
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 # With this one in fp16, ONNX Runtime 1.32 cannot load a graph on Arm: its layout pass asks for a kernel it has not.
 _NO_KERNEL = {"AveragePool"}
 HEADROOM = 4.0  # other images may give larger values than the few that are measured
@@ -83,13 +84,13 @@ def ranges(model: ModelProto, tensors: Sequence[NDArray[np.float32]]) -> dict[st
     """By computing node, the largest |value| that it gives, and that it sums inside, as a norm does and a mean."""
     shapes = _shapes(model)
     computing = [node for node in model.graph.node if node.op_type not in _MOVES]
-    names = {name: node for node in computing for name in node.output if shapes[name][0] == TensorProto.FLOAT}
+    names = {name: node for node in computing for name in node.output if shapes[name][0] == FLOAT}
     probed = ModelProto()
     probed.CopyFrom(model)
     for index, name in enumerate(names):
         probed.graph.node.append(helper.make_node("Abs", [name], [f"abs {index}"]))
         probed.graph.node.append(helper.make_node("ReduceMax", [f"abs {index}"], [f"largest {index}"], keepdims=0))
-        probed.graph.output.append(helper.make_tensor_value_info(f"largest {index}", TensorProto.FLOAT, []))
+        probed.graph.output.append(helper.make_tensor_value_info(f"largest {index}", FLOAT, []))
     session = _open(probed)
     found: dict[str, tuple[float, float]] = {}
     image, wanted = session.get_inputs()[0].name, [f"largest {index}" for index in range(len(names))]
@@ -111,7 +112,7 @@ def vanishing(model: ModelProto) -> dict[str, float]:
     """By node, the constant number that it reads and that would be zero in fp16, such as an epsilon of 1e-12."""
     lost = {}
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) == 1:
+        if tensor.data_type == FLOAT and math.prod(tensor.dims) == 1:
             value = float(numpy_helper.to_array(tensor).reshape(()))
             if value and abs(value) < SMALLEST:
                 lost[tensor.name] = value
@@ -141,11 +142,10 @@ def unfit(
 def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
     """The fp32 model with everything in fp16 but the nodes named in `kept`, its inputs and its outputs."""
     shapes = _shapes(model)
-    half = ModelProto()
-    half.CopyFrom(model)
-    graph = half.graph
+    graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    types = {value.name: TensorProto.FLOAT for value in graph.input}
+    outputs = {value.name for value in graph.output}
+    types = {value.name: FLOAT for value in graph.input}
     made: dict[tuple[str, int], str] = {}
     nodes: list[NodeProto] = []
     tensors: dict[str, TensorProto] = {}
@@ -153,7 +153,7 @@ def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
     def in_type(name: str, wanted: int, reader: NodeProto) -> str:
         """The name of this tensor in the type wanted, converted once."""
         if name in constants:
-            if wanted == TensorProto.FLOAT:
+            if wanted == FLOAT:
                 tensors[name] = constants[name]
                 return name
             if (name, wanted) not in made:
@@ -169,74 +169,63 @@ def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
         if types[name] == wanted:
             return name
         if (name, wanted) not in made:
-            made[name, wanted] = f"{name}/{'fp32' if wanted == TensorProto.FLOAT else 'fp16'}"
+            made[name, wanted] = f"{name}/{'fp32' if wanted == FLOAT else 'fp16'}"
             output = made[name, wanted]
             path = reader.name.rpartition("/")[0]
             nodes.append(helper.make_node("Cast", [name], [output], f"{path}/{output}", to=wanted))
         return made[name, wanted]
 
     for node in graph.node:
-        floats = [name for name in node.input if name and shapes[name][0] == TensorProto.FLOAT]
+        floats = [name for name in node.input if name and shapes[name][0] == FLOAT]
         if node.op_type in _MOVES:
-            wanted = next((types[name] for name in floats if name in types), TensorProto.FLOAT16)
+            wanted = next((types[name] for name in floats if name in types), HALF)
         else:
-            wanted = TensorProto.FLOAT if node.name in kept else TensorProto.FLOAT16
+            wanted = FLOAT if node.name in kept else HALF
         renamed = [in_type(name, wanted, node) if name in floats else name for name in node.input]
         tensors.update((name, constants[name]) for name in node.input if name in constants and name not in floats)
-        del node.input[:]
-        node.input.extend(renamed)
-        types.update((name, wanted) for name in node.output if shapes[name][0] == TensorProto.FLOAT)
-        nodes.append(node)
-    copies = [NodeProto() for _ in nodes]
-    for copy, node in zip(copies, nodes, strict=True):
-        copy.CopyFrom(node)
-    for value in graph.output:
-        if types[value.name] == TensorProto.FLOAT16:
-            inner = f"{value.name}/fp16"
-            for node in copies:
-                for names in (node.input, node.output):
-                    for i, name in enumerate(names):
-                        names[i] = inner if name == value.name else name
-            copies.append(helper.make_node("Cast", [inner], [value.name], f"{value.name}/fp32", to=TensorProto.FLOAT))
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(copies)
-    graph.initializer.extend(tensors.values())
-    return half
+        written = [f"{name}/fp16" if name in outputs and wanted == HALF else name for name in node.output]
+        types.update((name, wanted) for name, old in zip(written, node.output, strict=True) if shapes[old][0] == FLOAT)
+        nodes.append(_renamed(node, renamed, written))
+        for name, old in zip(written, node.output, strict=True):
+            if name != old:
+                types[old] = FLOAT
+                nodes.append(helper.make_node("Cast", [name], [old], f"{old}/fp32", to=FLOAT))
+    return _with(model, nodes, tensors.values())
 
 
 def emulated(model: ModelProto) -> ModelProto:
     """A model in fp16 as one in fp32 that rounds to fp16 wherever the other writes a tensor in it."""
     shapes = _shapes(model)
-    full = ModelProto()
-    full.CopyFrom(model)
-    graph = full.graph
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT16:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
     nodes = []
-    for node in full.graph.node:
-        halves = [i for i, name in enumerate(node.output) if shapes[name][0] == TensorProto.FLOAT16]
-        if node.op_type == "Cast" and not halves:  # back to fp32: its input is a float already
-            node = helper.make_node("Identity", node.input, node.output, node.name)
-        if node.op_type in _MOVES:
-            halves = []
-        names = list(node.output)
-        if node.op_type == "Cast" and halves:
-            nodes.append(helper.make_node("Cast", node.input, [f"{names[0]} in 16"], to=TensorProto.FLOAT16))
-            nodes.append(helper.make_node("Cast", [f"{names[0]} in 16"], names, to=TensorProto.FLOAT))
-            continue
-        for i in halves:
-            node.output[i] = f"{names[i]} exact"
-        nodes.append(node)
-        for i in halves:
-            nodes.append(helper.make_node("Cast", [f"{names[i]} exact"], [f"{names[i]} in 16"], to=TensorProto.FLOAT16))
-            nodes.append(helper.make_node("Cast", [f"{names[i]} in 16"], [names[i]], to=TensorProto.FLOAT))
-    copies = [NodeProto() for _ in nodes]
-    for copy, node in zip(copies, nodes, strict=True):
-        copy.CopyFrom(node)
-    del graph.node[:]
-    graph.node.extend(copies)
-    return full
+    for node in model.graph.node:
+        rounded = [] if node.op_type in _MOVES else [name for name in node.output if shapes[name][0] == HALF]
+        nodes.append(_renamed(node, node.input, [f"{name} exact" if name in rounded else name for name in node.output]))
+        if node.op_type == "Cast":  # what it reads is a float already, and what it writes is rounded like any other
+            nodes[-1] = helper.make_node("Identity", nodes[-1].input, nodes[-1].output, node.name)
+        for name in rounded:
+            nodes.append(helper.make_node("Cast", [f"{name} exact"], [f"{name} in 16"], to=HALF))
+            nodes.append(helper.make_node("Cast", [f"{name} in 16"], [name], to=FLOAT))
+    return _with(model, nodes, map(_widened, model.graph.initializer))
+
+
+def _widened(tensor: TensorProto) -> TensorProto:
+    if tensor.data_type != HALF:
+        return tensor
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+
+
+def _renamed(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> NodeProto:
+    """A copy of the node that reads and writes other tensors."""
+    copy = NodeProto(op_type=node.op_type, name=node.name, attribute=node.attribute)
+    copy.input.extend(inputs)
+    copy.output.extend(outputs)
+    return copy
+
+
+def _with(model: ModelProto, nodes: Iterable[NodeProto], tensors: Iterable[TensorProto]) -> ModelProto:
+    """The model's frame around other nodes and constants."""
+    graph = helper.make_graph(list(nodes), model.graph.name, model.graph.input, model.graph.output, list(tensors))
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,17 @@ class Judge:
                 artifact.name,
             )
             held = [run_case(case, manifest, infer) for case in self.golden]
-        return {"parity": figures, "tolerance": self._tolerance(held, MARGIN.get(artifact.precision, 1.0))}
+        return {"parity": figures, "tolerance": self._tolerance(artifact.precision, held)}
 
-    def _tolerance(self, found: Sequence[Result], margin: float) -> dict[str, float]:
-        """Of the golden frames: `margin` times the largest difference of a logit, and the share of other pixels."""
+    def _tolerance(self, precision: str, found: Sequence[Result]) -> dict[str, float]:
+        """In fp32 what rounding explains, else `MARGIN` times what differs on the golden frames."""
+        if precision == "fp32":
+            largest = max(float(np.abs(result.logits).max()) for result in self.golden_expected)
+            return {"logit": logit_limit(largest), "pixels": PIXEL_LIMIT}
         pairs = list(zip(self.golden_expected, found, strict=True))
         difference = max(float(np.abs(a.logits - b.logits).max()) for a, b in pairs)
         other = max(1 - pixel_agreement(a.mask, b.mask) for a, b in pairs)
+        margin = MARGIN[precision]
         return {"logit": margin * difference, "pixels": min(PIXEL_LIMIT, 1 - margin * other)}
 
 
@@ -212,13 +216,20 @@ def compare(
     if report is not None:
         worst = next(i for i, image in enumerate(images) if image.name == figures["worst"]["image"])
         stem = report / artifact.replace(" ", "-")
-        try:
+        with reporting(report):
             _write_report(stem, figures, images, cases[worst], expected[worst], masks[worst], classes)
-        except OSError as error:
-            raise ExportError(
-                report, f"cannot be written ({error.strerror})", "expected a folder", "Name another --report."
-            ) from error
     return figures
+
+
+@contextmanager
+def reporting(report: Path) -> Iterator[None]:
+    """Raises ExportError in place of OSError: the report cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            report, f"cannot be written ({error.strerror})", "expected a folder", "Name another --report."
+        ) from error
 
 
 def logit_limit(largest_logit: float) -> float:

@@ -186,7 +186,7 @@ def export_bundle(
             expected.append(parity.run_case(case, manifest, infer))
             bar.update()
         golden_results = [parity.run_case(case, manifest, infer) for case in golden]
-        largest = _write_golden(folder, manifest, golden, golden_results)
+        _write_golden(folder, manifest, golden, golden_results)
         judge = parity.Judge(folder, cases, expected, golden, golden_results, Path(report) if report else None, bar)
         for i, entry in enumerate(document["artifacts"]):
 
@@ -195,13 +195,14 @@ def export_bundle(
                 return judge(manifest, manifest.artifacts[index])
 
             if entry["precision"] == "fp32":
-                entry |= judged() | {"tolerance": {"logit": parity.logit_limit(largest), "pixels": parity.PIXEL_LIMIT}}
+                entry |= judged()
             else:
                 _lower(folder, entry, manifest, cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES], judged, bar)
             named = f"{entry['runtime']} {entry['precision']}"
             if report and "precision_scan" in entry:
                 text = json.dumps(entry["precision_scan"], indent=1) + "\n"
-                Path(report, f"{named.replace(' ', '-')}-places.json").write_text(text, encoding="utf-8")
+                with parity.reporting(Path(report)):
+                    Path(report, f"{named.replace(' ', '-')}-places.json").write_text(text, encoding="utf-8")
             if not allow_accuracy_loss:
                 parity.require(named, entry["parity"], entry["precision"])
             entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | entry["parity"]
@@ -340,7 +341,9 @@ def _lower(
         if found["parity"]["verdict"] in ("high", "unjudged"):  # without a judgement, more would be kept blindly
             break
     if best is None:
-        raise ExportError(f"{runtime} {named}", "cannot be run", "expected some mix that can", "Export fp32 alone.")
+        raise ExportError(
+            f"{runtime} {named}", f"cannot be run ({row['reason']})", "expected some mix that can", "Export fp32 alone."
+        )
     entry |= best[1] if scan["kept"] == list(kept) else step(scan["kept"])  # the files are those of the last step
     entry["precision_scan"] = scan
 
@@ -363,10 +366,9 @@ def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str]) -> 
 
 def _write_golden(
     folder: Path, manifest: Manifest, cases: Sequence[parity.Case], results: Sequence[parity.Result]
-) -> float:
-    """Writes the golden frames with the reference's outputs; returns their largest |logit|."""
+) -> None:
+    """Writes the golden frames with the reference's outputs."""
     (folder / "golden").mkdir()
     for entry, case, result in zip(manifest.golden, cases, results, strict=True):
         for path, array in ((entry.frame, case.frame), (entry.logits, result.logits), (entry.mask, result.mask)):
             np.save(folder / path, array)
-    return max(float(np.abs(result.logits).max()) for result in results)

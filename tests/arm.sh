@@ -1,13 +1,14 @@
 #!/bin/sh
-# Runs Python on an emulated Arm processor: tests/arm.sh FOLDER -m msa2net verify BUNDLE --runtime onnxruntime
+# Runs Python on an emulated Arm processor: tests/arm.sh FOLDER -m msa2net verify BUNDLE
 # FOLDER is made on the first call, 0.5 GB: Debian's Python 3.11 for arm64, and the wheels of numpy and both runtimes.
 # Needs Debian with qemu-user-static and pip. It shows whether results are right, never how fast they come.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1"
-cd "$1"
+folder=$(cd "$1" && pwd)
 shift
-if [ ! -e done ]; then
+[ -e "$folder/done" ] || (
+    cd "$folder"
     rm -rf apt root site wheels
     mkdir -p apt/lists/partial apt/cache/archives/partial root/proc site
     touch apt/status
@@ -36,5 +37,5 @@ if [ ! -e done ]; then
     done > root/proc/cpuinfo
     for name in possible present online; do echo 0-1 > $cpus/$name; done
     touch done
-fi
-PYTHONPATH=$PWD/site exec qemu-aarch64-static -cpu cortex-a76 -L root root/usr/bin/python3.11 "$@"
+)
+PYTHONPATH=$folder/site exec qemu-aarch64-static -cpu cortex-a76 -L "$folder/root" "$folder/root/usr/bin/python3.11" "$@"

@@ -99,7 +99,7 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
 # By precision: the instruction sets of which one is needed, as numpy names them, and how to say so.
 _NEEDS = {
     "bf16": ({"AVX512BF16", "ASIMDBF16"}, "AVX512_BF16"),
-    "fp16": ({"ASIMDHP"}, "FEAT_FP16 of Arm, and on x86 ONNX Runtime computes fp16 in fp32"),
+    "fp16": ({"ASIMDHP"}, "FEAT_FP16 (of Arm; an x86 one would compute it in fp32)"),
 }
 
 

@@ -98,7 +98,7 @@ class OnnxRuntimeBackend:
                 "runtime 'onnxruntime'",
                 "computes every product of this fp16 model in fp32",
                 "expected fp16",
-                "Use the artifact in fp32: it is as fast here.",
+                "Use the artifact in fp32.",
             )
         return dict(sorted(Counter(kind for name, kind in kinds if name not in _NO_COMPUTE).items()))
 
