@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from msa2net.core.network import MSA2Net, is_unused
+from msa2net.core.rewrites.fold import give_back
 
 # In the order in which they are applied.
 NAMES = (
@@ -66,7 +67,10 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
         for name, layer in list(owner.named_children()):
             if all(is_unused(f"{path}.{name}.{key}", model.config) for key in layer.state_dict()):
                 owner.add_module(name, nn.Identity())
-    sites = {name: import_module(f"{__name__}.{name}").apply(model) for name in NAMES if name in names}
+    sites = {}
+    for name in (name for name in NAMES if name in names):
+        sites[name] = import_module(f"{__name__}.{name}").apply(model)
+        give_back()
     model.eval()  # the modules that are new, too
     return sites
 

@@ -5,6 +5,8 @@ All sums are made in float64 and rounded once, so that a fold costs no more than
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,13 @@ def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | Non
     dtype = layer.weight.dtype
     layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def give_back() -> None:
+    """Returns what replaced weights took to the system: glibc keeps it, a quarter of a rewritten network's memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def scale_after(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor | None = None) -> None:

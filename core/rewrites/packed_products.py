@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from msa2net.core.maxvit import MBConv, Mlp
 from msa2net.core.network import MSA2Net
+from msa2net.core.rewrites.fold import give_back
 
 
 class PackedConv(nn.Module):
@@ -36,6 +37,8 @@ class PackedConv(nn.Module):
             weight = self.layer.weight.detach().contiguous(memory_format=torch.channels_last)
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.settings, list(x.shape))
             self.layer = None
+            del weight
+            give_back()
         run = torch.ops.mkldnn._convolution_pointwise
         packed: Tensor = run(x, self.weight, self.bias, *self.settings, self.activation, [], "")
         return packed
@@ -56,6 +59,7 @@ class PackedLinear(nn.Module):
             rows = x.numel() // x.shape[-1]
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.layer.weight.detach(), rows)
             self.layer = None
+            give_back()
         run = torch.ops.mkldnn._linear_pointwise
         packed: Tensor = run(x, self.weight, self.bias, self.activation, [], "none")  # erf, not tanh
         return packed
