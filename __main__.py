@@ -171,7 +171,7 @@ def verify(arguments: argparse.Namespace) -> int:
     print(f"{bundle.verify()} files match their sums; bundle digest {bundle.digest}")
     failed = ran = 0
     for entry in Predictor.available(path):
-        name = f"{entry.runtime:<12} {entry.precision:<5}"
+        name = f"{entry.runtime:<12} {entry.precision:<13}"
         if not entry.available:
             print(f"{name} not run: {entry.reason}")
             continue
@@ -200,14 +200,18 @@ def info(arguments: argparse.Namespace) -> int:
     print(f"digest   {bundle.digest}")
     print(f"classes  {', '.join(c.name for c in manifest.classes)}")
     print(f"input    {contract.channels} x {contract.height} x {contract.width}, {contract.resize}, {contract.fit}")
-    print(f"{'runtime':<12} {'precision':<9} {'MB':>7}  {'equal pixels':>12}  {'accuracy':<8}  here")
+    print(f"{'runtime':<12} {'precision':<13} {'MB':>7}  {'equal pixels':>12}  {'accuracy':<8}  here")
+    withheld = {(each.runtime, each.precision) for each in manifest.withheld}
     for entry in Predictor.available(path):
+        if (entry.runtime, entry.precision) in withheld:
+            print(f"{entry.runtime:<12} {entry.precision:<13} {'-':>7}  {'-':>12}  {entry.accuracy:<8}  {entry.reason}")
+            continue
         artifact = bundle.artifact(entry.runtime, entry.precision)
         size = sum(file.bytes for file in artifact.files) / 1e6
         agreement = artifact.parity.get("pixel_agreement")
         shown = f"{agreement:.4%}" if isinstance(agreement, float) else "?"
-        here = "yes" if entry.available else entry.reason
-        print(f"{entry.runtime:<12} {entry.precision:<9} {size:>7.1f}  {shown:>12}  {entry.accuracy:<8}  {here}")
+        here = ", ".join(filter(None, ("yes", entry.speed))) if entry.available else entry.reason
+        print(f"{entry.runtime:<12} {entry.precision:<13} {size:>7.1f}  {shown:>12}  {entry.accuracy:<8}  {here}")
     return 0
 
 
@@ -251,12 +255,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
     command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
     command.add_argument(
-        "--precisions", default="fp32", help="default: fp32; fp32,bf16 adds bf16 for OpenVINO, on a CPU that can run it"
+        "--precisions", default="fp32", help="some of fp32,bf16,fp16,int8,int8-portable (default: %(default)s)"
     )
     command.add_argument(
         "--data",
         metavar="KIND:PATH",
         help="images for the accuracy check, such as images:DIR or folder:DIR; default: phantoms",
+    )
+    command.add_argument(
+        "--calibration",
+        metavar="KIND:PATH",
+        help="images for int8's ranges, other than --data's; default: phantoms",
+    )
+    command.add_argument("--keep", metavar="PLACES", help="places that stay out of int8, separated by commas")
+    command.add_argument(
+        "--allow-slower", action="store_true", help="ship int8 that is not faster on this machine, for another device"
     )
     command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")
     command.add_argument(

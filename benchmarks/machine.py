@@ -15,6 +15,7 @@ import numpy as np
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes.backends import default_threads
 from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.cache import processor_name
 
 PACKAGES = ("msa2net-edge", "numpy", "torch", "onnxruntime", "openvino")
 FLOOR_SIZE = 2048
@@ -24,7 +25,7 @@ BF16_PRODUCT = "torch.mm bf16"
 def describe(threads: int) -> dict[str, Any]:
     """Processor, cores, system, versions and, in a checkout, the commit."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": default_threads(),
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}",
@@ -38,15 +39,6 @@ def require_folder(file: Path | None) -> None:
     """Raises Msa2NetError unless the folder of `--json` is there: asked before a long run, not after it."""
     if file and not file.absolute().parent.is_dir():
         raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _version(package: str) -> str | None:

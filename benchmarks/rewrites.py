@@ -36,7 +36,7 @@ from msa2net.export import onnx_file, openvino_ir
 from msa2net.export.parity import logit_limit
 from msa2net.runtimes.backends import backend_class, default_threads
 from msa2net.runtimes.bundle import Bundle
-from msa2net.runtimes.measure import interleaved, timed
+from msa2net.runtimes.measure import interleaved, ratio, timed
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 RUNTIMES = ("onnxruntime", "openvino", "pytorch")
@@ -84,12 +84,6 @@ def compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
         {name: partial(timed, call) for name, call in calls.items()}, range(rounds + 2), pause=PAUSE_SECONDS
     )
     return {name: values[2:] for name, values in samples.items()}
-
-
-def ratio(samples: list[float], base: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile of the rounds' ratios."""
-    ratios = [value / other for value, other in zip(samples, base, strict=True)]
-    return [round(float(np.percentile(ratios, p)), 4) for p in (25, 50, 75)]
 
 
 def measure(model: MSA2Net, runtimes: Iterable[str], threads: int, rounds: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from msa2net.core.checkpoint import config_of, load_encoder, load_model, read_ch
 from msa2net.core.config import DEEP_DECODERS, IMAGE_SIZE, VARIANTS, ModelConfig
 from msa2net.core.data import open_data
 from msa2net.core.data.frames import Frames, load_frames, split
+from msa2net.core.fakequant import freeze_batch_norm, simulate_int8
 from msa2net.core.losses import LOSSES
 from msa2net.core.maxvit import LayerScale
 from msa2net.core.network import MSA2Net, is_unused
@@ -53,6 +54,7 @@ class Settings:
     steps             of `batch` frames; 0: `epochs` times the frames
     patience          validations without a better Dice until the training ends early; 0: never
     mixed             encoder in bfloat16; the decoder's attention overflows there and stays in float32
+    int8              every layer rounds as in int8, in the validation, too; BatchNorm keeps its statistics
     """
 
     data: str
@@ -74,6 +76,7 @@ class Settings:
     patience: int = 0
     augment: str = "full"
     mixed: bool = False
+    int8: bool = False
     resize: str = "bilinear"
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
@@ -215,6 +218,8 @@ class Training:
         self.step, self.best, self.since_best = 0, -1.0, 0
         torch.manual_seed(settings.seed)
         self.model = build(settings).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if settings.int8:
+            simulate_int8(self.model)
         self.loss = LOSSES[settings.loss]()
         set_track_meta(False)  # of MONAI: no transform is undone here, and the bookkeeping costs more than they do
         self.augment = augmentation(settings.augment, IMAGE_SIZE)
@@ -244,9 +249,10 @@ class Training:
                 "Delete it to begin anew.",
             ) from error
         mine = json.loads(json.dumps(asdict(self.settings)))
-        if different := sorted(key for key in mine if state["settings"].get(key) != mine[key]):
+        begun = {"int8": False} | state["settings"]  # a state of an older version
+        if different := sorted(key for key in mine if begun.get(key) != mine[key]):
             key = different[0]
-            found, expected = state["settings"].get(key), mine[key]
+            found, expected = begun.get(key), mine[key]
             raise CheckpointError(
                 self.file, f"was begun with {key} {found!r}", f"expected {expected!r}", "Use another --output."
             )
@@ -298,6 +304,8 @@ class Training:
     def advance(self, x: Tensor, labels: Tensor) -> float:
         """One step; returns its loss. Raises Msa2NetError, before any weight is changed, if that is not finite."""
         self.model.train()
+        if self.settings.int8:
+            freeze_batch_norm(self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = rate_at(self.step, self.steps, self.settings)
         x, labels = x.to(self.device, memory_format=torch.channels_last), labels.to(self.device)
@@ -451,6 +459,7 @@ _HELP = {
     "every": "steps between two validations and saves",
     "patience": "validations without a better Dice until it stops early; 0: never",
     "mixed": "encoder in bfloat16, decoder in float32",
+    "int8": "a fine-tune for int8: every layer rounds as it will on the device",
     "mean": "one or three numbers, of pixels scaled to [0, 1]",
     "std": "one or three numbers",
 }
@@ -467,8 +476,8 @@ def _parser() -> argparse.ArgumentParser:
         text = _HELP.get(each.name, "")
         if each.name != "data":
             text = f"{text} (default: {each.default!r})".strip()
-        if each.name == "mixed":
-            parser.add_argument(option, action="store_true", default=default, help=_HELP["mixed"])
+        if each.name in ("mixed", "int8"):
+            parser.add_argument(option, action="store_true", default=default, help=_HELP[each.name])
             continue
         kind: Callable[[str], Any] = {"int": int, "float": float}.get(str(each.type), str)
         kind = {"classes": _names, "mean": _numbers, "std": _numbers}.get(each.name, kind)

@@ -38,8 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
         model_version=arguments.model_version,
         resize=arguments.resize,
         data=arguments.data,
+        calibrate=arguments.calibration,
+        keep=arguments.keep.split(",") if arguments.keep else (),
         report=arguments.report,
         allow_accuracy_loss=arguments.allow_accuracy_loss,
+        allow_slower=arguments.allow_slower,
         force=arguments.force,
     )
     bundle = Bundle(output)
@@ -49,12 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
         megabytes = sum(file.bytes for file in artifact.files) / 1e6
         bound = "-" if figures["ratio_bound"] is None else f"{figures['ratio_bound']:.4f}"
         print(
-            f"{artifact.runtime:<12} {artifact.precision:<5} {megabytes:7.1f} MB  {artifact.accuracy:<8} "
+            f"{artifact.runtime:<12} {artifact.precision:<13} {megabytes:7.1f} MB  {artifact.accuracy:<8} "
             f"equal pixels {figures['pixel_agreement']:.4%}, bound {bound} of fp32's Dice, "
             f"largest logit difference {figures['logit_difference']:.1e}, {figures['images']} images"
         )
         for reason in filter(None, (figures["reason"], *artifact.shortfalls)):
             print(f"             {reason}")
+        if artifact.speed:
+            print(f"             {artifact.speed}")
+    for each in bundle.manifest.withheld:
+        print(f"{each.runtime:<12} {each.precision:<13} not shipped, it takes {each.speed} (--allow-slower ships it)")
     return 0
 
 

@@ -28,13 +28,17 @@ def write(onnx_file: Path, xml: Path) -> dict[str, str]:
     manager = Manager()
     manager.register_pass(ConstantFolding())
     manager.run_passes(model)
-    # A node without a name gets one from a counter of the process: numbered here, the same model gives the same file.
-    for index, node in enumerate(model.get_ordered_ops()):
-        if _COUNTED.fullmatch(node.get_friendly_name()):
-            node.set_friendly_name(f"{node.get_type_name()}.{index}")
+    number_unnamed(model)
     xml.parent.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, xml, compress_to_fp16=False)
     return {"openvino": openvino.__version__.split("-")[0]}
+
+
+def number_unnamed(model: openvino.Model) -> None:
+    """A node without a name gets one from a counter of the process: numbered, the same model gives the same file."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        if _COUNTED.fullmatch(node.get_friendly_name()):
+            node.set_friendly_name(f"{node.get_type_name()}.{index}")
 
 
 def keep(xml: Path, target: Path, places: Collection[str]) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint, used_state
@@ -20,10 +22,10 @@ from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
-from msa2net.export import fp16, onnx_file, openvino_ir, parity, precision
+from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize
+from msa2net.export.calibration import Tensors
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes import preprocess
-from msa2net.runtimes.backends import backend_class, why_not_precision
+from msa2net.runtimes.backends import INT8, backend_class, cpu_lacks, default_threads, why_not_precision
 from msa2net.runtimes.bundle import (
     ENLARGE_OF,
     ENLARGE_RULES,
@@ -35,7 +37,10 @@ from msa2net.runtimes.bundle import (
     Manifest,
     digest_of,
     parse_manifest,
+    parse_speed,
 )
+from msa2net.runtimes.cache import processor_name
+from msa2net.runtimes.measure import interleaved, ratio, timed
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -54,9 +59,15 @@ _FILES = {
     "pytorch": ("torch/weights.safetensors",),
 }
 # The precisions that each runtime's artifacts may have.
-PRECISIONS_OF = {"onnxruntime": ("fp32", "fp16"), "openvino": ("fp32", "bf16"), "pytorch": ("fp32",)}
-_LOWERED = {"openvino": "openvino/model-bf16.xml", "onnxruntime": "onnx/model-fp16.onnx"}
+PRECISIONS_OF = {
+    "onnxruntime": ("fp32", "fp16", *INT8),
+    "openvino": ("fp32", "bf16", *INT8),
+    "pytorch": ("fp32",),
+}
+_LOWERED = {"openvino": "openvino/model-{}.xml", "onnxruntime": "onnx/model-{}.onnx"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
+_ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
+_RANKED_ON = 4  # of the calibration images: there are five times as many places in int8 as in bf16
 
 
 def export_bundle(
@@ -74,8 +85,11 @@ def export_bundle(
     name: str | None = None,
     model_version: str | None = None,
     data: str | None = None,
+    calibrate: str | None = None,
+    keep: Sequence[str] = (),
     report: str | Path | None = None,
     allow_accuracy_loss: bool = False,
+    allow_slower: bool = False,
     resize: str | None = None,
     force: bool = False,
     progress: bool = True,
@@ -83,7 +97,8 @@ def export_bundle(
     """Writes the bundle `output` from a `.safetensors` or `.pth` checkpoint and returns its path.
 
     precisions   of the artifacts: "fp32"; "bf16" for OpenVINO, on a CPU that can run it: it is judged on it; "fp16" for
-                ONNX Runtime, judged with every tensor rounded to fp16. Blocks that lose accuracy stay in fp32.
+                ONNX Runtime, judged with every tensor rounded to fp16; "int8" for CPUs with VNNI or Arm's dot products,
+                and "int8-portable" for all. What loses accuracy stays in fp32, or in bf16 beside int8 where that pays.
     classes, mean, std, name, model_version   if None, what the checkpoint's metadata says, else "class 0", …; the
                 released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
     channels    3, or 1 for a network that is fed grey frames
@@ -93,8 +108,12 @@ def export_bundle(
     resize      "bilinear", "spline" (the released pipeline's), or None: what the metadata says, else "bilinear"
     data        images for the accuracy check as "KIND:PATH", see `msa2net.core.data`; if they have labels, Dice is
                 against these, else against the fp32 mask. Phantoms, without labels, if None. None goes into the bundle.
+    calibrate   images that int8's ranges are taken from, as `data`; phantoms if None. Not those of `data`: what is
+                judged on its own calibration looks better than it is.
+    keep        places that stay out of int8 whatever the ranking says: blocks or layers, such as "stages.0.blocks.0"
     report      folder for every image's figures and the worst image of each artifact, drawn; written on refusal, too
     allow_accuracy_loss   write artifacts that fail the check; they say so wherever they are used
+    allow_slower  ship int8 although it is not faster on this machine than a higher precision, for a device where it is
     force       replace an existing bundle
 
     Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
@@ -159,6 +178,8 @@ def export_bundle(
         "artifacts": [],
         "golden": [],
     }
+    int8 = any(precision in INT8 for _, precision in wanted)
+    calibrated_on = calibration.frames(calibrate, names, channels) if int8 else []
     cases = parity.data_cases(open_for(names, data), len(names)) if data else parity.phantom_cases(grey=channels == 1)
     with (
         _one_thread(),
@@ -174,6 +195,8 @@ def export_bundle(
             raise ExportError(output, reason, "", "Is the disk full, or a tool of another version?") from error
         document["artifacts"] = [_entry(folder, *each, versions[each[0]]) for each in wanted]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
+        if int8:
+            golden.append(parity.saturating_case(grey=channels == 1))
         document["golden"] = [
             {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
         ]
@@ -188,6 +211,13 @@ def export_bundle(
         golden_results = [parity.run_case(case, manifest, infer) for case in golden]
         _write_golden(folder, manifest, golden, golden_results)
         judge = parity.Judge(folder, cases, expected, golden, golden_results, Path(report) if report else None, bar)
+        scanned = cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES]
+        images = calibration.tensors(scanned, manifest.input)
+        inputs = calibration.tensors(calibrated_on, manifest.input)
+        if int8:
+            bar.set_postfix_str("calibration")
+            document["calibration"] = calibration.describe(calibrate, inputs, model, images)
+        rankings: dict[str, dict[str, Any]] = {}  # of the runtimes, in int8
         for i, entry in enumerate(document["artifacts"]):
 
             def judged(index: int = i) -> dict[str, Any]:
@@ -197,7 +227,7 @@ def export_bundle(
             if entry["precision"] == "fp32":
                 entry |= judged()
             else:
-                _lower(folder, entry, manifest, cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES], judged, bar)
+                _lower(folder, entry, inputs if entry["precision"] in INT8 else images, keep, rankings, judged, bar)
             named = f"{entry['runtime']} {entry['precision']}"
             if report and "precision_scan" in entry:
                 text = json.dumps(entry["precision_scan"], indent=1) + "\n"
@@ -206,6 +236,10 @@ def export_bundle(
             if not allow_accuracy_loss:
                 parity.require(named, entry["parity"], entry["precision"])
             entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | entry["parity"]
+            if entry["precision"] in INT8:
+                _race(folder, entry, manifest, images[0], judged, bar)
+        if int8 and not allow_slower:
+            _withhold(document)
         listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
         for relative in {path for paths in _FILES.values() for path in paths} - listed:
             (folder / relative).unlink(missing_ok=True)  # made only to be lowered
@@ -292,32 +326,53 @@ def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple
     return found
 
 
+def _lowering(
+    folder: Path, runtime: str, named: str, tensors: Tensors, tick: Callable[[str], object]
+) -> precision.Lowering:
+    target = _LOWERED[runtime].format(named)
+    if named == "fp16":
+        return fp16.Fp16(folder, _FILES[runtime][0], target, tensors)
+    if named == "bf16":
+        return openvino_ir.Bf16(folder, _FILES[runtime], target)
+    kind = quantize.OnnxInt8 if runtime == "onnxruntime" else quantize.OpenVinoInt8
+    held = calibration.HELD
+    return kind(folder, _FILES[runtime], target, tensors[held:], tensors[:held], named == "int8-portable", tick)
+
+
 def _lower(
     folder: Path,
     entry: dict[str, Any],
-    manifest: Manifest,
-    cases: Sequence[parity.Case],
+    tensors: Tensors,
+    keep: Sequence[str],
+    rankings: dict[str, dict[str, Any]],
     judged: Callable[[], dict[str, Any]],
     bar: Any,
 ) -> None:
-    """Ranks the places of the entry's network on a few cases, and keeps as few in fp32 as give the verdict "high".
+    """Ranks the places of the entry's network on a few inputs, and keeps as few of them as give the verdict "high".
 
     If none of the steps does, the best of them is taken. Adds the ranking, the steps and the judgement to the entry.
     """
     runtime, named = entry["runtime"], entry["precision"]
-    tensors = [preprocess.to_tensor(case.frame, manifest.input, case.bits) for case in cases]
 
     def tick(place: str) -> None:
-        bar.set_postfix_str(f"{named}: {place}")
+        bar.set_postfix_str(f"{runtime} {named}: {place}")
 
-    lowering: precision.Lowering
-    if named == "fp16":
-        lowering = fp16.Fp16(folder, _FILES[runtime][0], _LOWERED[runtime], tensors)
+    lowering = _lowering(folder, runtime, named, tensors, tick)
+    int8 = named in INT8
+    forced = precision.named(lowering.places, keep) if int8 else ()
+    # A place in int8 takes seconds and there are many, so two are measured at a time.
+    if int8 and runtime in rankings:
+        scan = rankings[runtime] | {"ranked_as": INT8[0]}  # a bit of the weights changes little in the order
     else:
-        lowering = openvino_ir.Bf16(folder, _FILES[runtime], _LOWERED[runtime])
-    scan = precision.rank(lowering, tensors, tick)
+        scan = precision.rank(
+            lowering, tensors[:_RANKED_ON] if int8 else tensors, tick, default_threads() if int8 else 1
+        )
+    if int8:
+        rankings.setdefault(runtime, dict(scan))
     if isinstance(lowering, fp16.Fp16):
         scan["ranges"] = lowering.found()
+    if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):
+        scan["methods"], scan["forced"] = lowering.methods, list(forced)
 
     def step(kept: Sequence[str]) -> dict[str, Any]:
         files = [_file_entry(folder, relative) for relative in lowering.write(kept)]
@@ -326,8 +381,8 @@ def _lower(
 
     best: tuple[int, dict[str, Any]] | None = None
     scan["steps"] = []
-    for kept in precision.steps(scan["places"]):
-        if named == "fp16" and len(kept) == len(scan["places"]):
+    for kept in precision.steps(scan["places"], forced):
+        if named != "bf16" and len(kept) == len(scan["places"]):
             break  # that would be the fp32 artifact by another name
         row: dict[str, Any] = {"kept": len(kept), "verdict": None, "ratio_bound": None, "pixel_agreement": None}
         scan["steps"].append(row)
@@ -348,6 +403,75 @@ def _lower(
         )
     entry |= best[1] if scan["kept"] == list(kept) else step(scan["kept"])  # the files are those of the last step
     entry["precision_scan"] = scan
+
+
+def _race(
+    folder: Path,
+    entry: dict[str, Any],
+    manifest: Manifest,
+    image: NDArray[np.float32],
+    judged: Callable[[], dict[str, Any]],
+    bar: Any,
+) -> None:
+    """Times an int8 artifact beside what it is to beat, with the rest of its network in fp32 and, if it can, in bf16.
+
+    Keeps bf16 for the rest where it is faster and the verdict no worse. The portable artifact is for CPUs without bf16,
+    so it races fp32 alone, and its rest is in fp32.
+    """
+    runtime, named = entry["runtime"], entry["precision"]
+    bar.set_postfix_str(f"{runtime} {named}: speed")
+    own = tuple(str(folder / file["path"]) for file in entry["files"])
+    plain = tuple(str(folder / relative) for relative in _FILES[runtime])
+    runners = {"fp32": (plain, "fp32", "fp32"), named: (own, named, "fp32")}
+    both = runtime == "openvino" and named == "int8" and not cpu_lacks("bf16")
+    if both:
+        runners |= {"bf16": (plain, "bf16", "fp32"), f"{named} beside bf16": (own, named, "bf16")}
+    threads = default_threads()
+    with ExitStack() as stack:
+        calls = {}
+        for key, (files, kind, rest) in runners.items():
+            backend = backend_class(runtime)(files, manifest, "CPU", kind, threads, None, rest)
+            stack.callback(backend.close)
+            calls[key] = partial(timed, partial(backend.infer, image))
+        samples = {key: values[2:] for key, values in interleaved(calls, range(_ROUNDS + 2), pause=_PAUSE).items()}
+    best = named
+    if both and ratio(samples[f"{named} beside bf16"], samples[named])[2] < 1:
+        before = {key: entry[key] for key in ("parity", "tolerance")}
+        entry["rest"] = "bf16"
+        entry |= judged()
+        entry["parity"] = {"data": before["parity"]["data"]} | entry["parity"]
+        if VERDICTS.index(entry["parity"]["verdict"]) > VERDICTS.index(before["parity"]["verdict"]):
+            del entry["rest"]
+            entry |= before
+        else:
+            best = f"{named} beside bf16"
+    median = {key: float(np.median(values)) for key, values in samples.items()}
+    over = min(("fp32", "bf16") if both else ("fp32",), key=median.__getitem__)
+    entry["speed"] = {
+        "ratio": ratio(samples[best], samples[over]),
+        "over": over,
+        "milliseconds": [round(median[best], 3), round(median[over], 3)],
+        "machine": processor_name(),
+        "threads": threads,
+        "medians": {key: round(value, 3) for key, value in median.items()},
+        "rounds": _ROUNDS,
+    }
+
+
+def _withhold(document: dict[str, Any]) -> None:
+    """Moves what is no faster than a higher precision from the artifacts to `withheld`."""
+    slower = [entry for entry in document["artifacts"] if "speed" in entry and not parse_speed(entry["speed"]).faster]
+    document["artifacts"] = [entry for entry in document["artifacts"] if entry not in slower]
+    document["withheld"] = [
+        {"runtime": entry["runtime"], "precision": entry["precision"], "verdict": entry["parity"]["verdict"]}
+        | {key: entry[key] for key in ("parity", "speed", "precision_scan")}
+        for entry in slower
+    ]
+    if not document["artifacts"]:
+        shown = "; ".join(f"{each['precision']}: {parse_speed(each['speed'])}" for each in slower)
+        raise ExportError(
+            "int8", shown, "expected less time than a higher precision takes", "Add fp32, or give --allow-slower."
+        )
 
 
 def _file_entry(folder: Path, relative: str) -> dict[str, Any]:

@@ -7,12 +7,16 @@ artifact's verdict is "high": what is judged is the whole artifact, the ranking 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from msa2net.errors import ExportError
 
 BOUNDARY = 0.05  # the share of pixels, those nearest to a change of class, that the error is taken over
 _BLOCK = re.compile(r"backbone\.backbone\.(stem|stages\.\d+\.blocks\.\d+)|(decoder_\d+(?:\.\w+)?)")
@@ -59,12 +63,13 @@ def boundary_error(expected: Sequence[Logits], found: Sequence[Logits]) -> float
 
 
 def rank(
-    lowering: Lowering, tensors: Sequence[NDArray[np.float32]], tick: Callable[[str], object] = len
+    lowering: Lowering, tensors: Sequence[NDArray[np.float32]], tick: Callable[[str], object] = len, workers: int = 1
 ) -> dict[str, Any]:
     """The places by the error that each makes alone, the largest first.
 
     tensors   a few inputs (1, C, h, w)
-    tick      called with the name of each place before it is measured
+    tick      called with the name of each place as it is measured
+    workers   how many places are measured at a time
 
     `error` and each place's `error` are of logits, see `boundary_error`; `share` is of the squared error of the network
     with nothing kept. What no place accounts for, `error_of_unmarkable`, is subtracted from each (OpenVINO 2026.4 runs
@@ -82,25 +87,46 @@ def rank(
     whole = boundary_error(expected, run(lowering.infer(())))
     tick("all kept")
     base = boundary_error(expected, run(lowering.infer(everything)))
-    rows: list[dict[str, Any]] = []
-    for name in lowering.places:
-        tick(name)
+
+    def measured(name: str) -> dict[str, Any]:
         try:
             alone = boundary_error(expected, run(lowering.infer(everything - {name})))
         except RuntimeError:
-            rows.append({"place": name, "error": None, "share": None})
-            continue
+            return {"place": name, "error": None, "share": None}
         power = max(0.0, alone**2 - base**2)
-        rows.append({"place": name, "error": power**0.5, "share": power / whole**2 if whole else 0.0})
+        return {"place": name, "error": power**0.5, "share": power / whole**2 if whole else 0.0}
+
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for name, row in zip(lowering.places, pool.map(measured, lowering.places), strict=True):
+            tick(name)
+            rows.append(row)
     rows.sort(key=lambda row: -(row["share"] or 0.0))
     return {"frames": len(tensors), "error": whole, "error_of_unmarkable": base, "places": rows}
 
 
-def steps(places: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """What to keep in fp32, from nothing over the 1, 2, 4, 8, … worst places of a ranking to all of them."""
-    names = tuple(row["place"] for row in places)
+def named(places: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
+    """The places that are called so, or are parts of what is: "stages.0" names all of that stage's layers.
+
+    Raises ExportError for a name that no place has.
+    """
+    found: list[str] = []
+    for name in names:
+        those = [place for place in places if place == name or place.startswith((f"{name}.", f"{name}/"))]
+        if not those:
+            near = difflib.get_close_matches(name, places, 3, 0)
+            raise ExportError(
+                "--keep", f"no place is called {name!r}", f"the nearest are {', '.join(near)}", "Check it."
+            )
+        found += those
+    return tuple(dict.fromkeys(found))
+
+
+def steps(places: Sequence[dict[str, Any]], forced: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
+    """What to keep, from nothing but `forced` over the 1, 2, 4, 8, … worst other places of a ranking to all of them."""
+    names = tuple(row["place"] for row in places if row["place"] not in forced)
     count = 0
     while count < len(names):
-        yield names[:count]
+        yield (*forced, *names[:count])
         count = 2 * count or 1
-    yield names
+    yield (*forced, *names)

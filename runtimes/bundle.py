@@ -22,9 +22,9 @@ from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
 
-SCHEMA_VERSION = (2, 1)
+SCHEMA_VERSION = (2, 2)
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
 RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
@@ -75,8 +75,45 @@ class Tolerance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """An int8 artifact's time over the fastest higher precision's, measured at export in interleaved rounds.
+
+    ratio     lower quartile, median and upper quartile of the rounds' ratios
+    over      that precision, and `milliseconds`, of the artifact and of it
+    machine   the processor, and `threads`, that it was measured with
+    """
+
+    ratio: tuple[float, float, float]
+    over: str
+    milliseconds: tuple[float, float]
+    machine: str
+    threads: int
+
+    @property
+    def faster(self) -> bool:
+        """By more than the rounds scatter."""
+        return self.ratio[2] < 1
+
+    def __str__(self) -> str:
+        return f"{self.ratio[1]:.2f} times {self.over}'s time on {self.machine}, {self.threads} threads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Withheld:
+    """An artifact that was exported and judged, and not shipped: it was no faster than a higher precision."""
+
+    runtime: str
+    precision: str
+    accuracy: str
+    speed: Speed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A model for one runtime in one precision. `files[0]` is the file that the runtime opens.
+
+    rest         of int8: the precision of what is not in int8, where the CPU has it, else fp32
+    speed        of int8, else None
 
     accuracy     the verdict of its check against fp32 at export, one of `VERDICTS`
     shortfalls   what keeps it from a better one, with figures
@@ -88,6 +125,8 @@ class Artifact:
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
     tolerance: Tolerance
+    rest: str
+    speed: Speed | None
     accuracy: str
     shortfalls: tuple[str, ...]
     parity: dict[str, Any]
@@ -125,6 +164,7 @@ class Manifest:
     input: InputContract
     enlarge: str
     artifacts: tuple[Artifact, ...]
+    withheld: tuple[Withheld, ...]
     golden: tuple[GoldenEntry, ...]
 
 
@@ -157,6 +197,9 @@ class _Node:
                 f"{MANIFEST} {self.path}", f"no {key!r}", "expected that field", "Export the model again."
             )
         return _Node(self.value[key], f"{self.path}.{key}")
+
+    def optional(self, key: str) -> _Node | None:
+        return self.get(key) if key in self.object() else None
 
     def items(self, least: int = 0, most: int = 1_000_000) -> list[_Node]:
         if not isinstance(self.value, list) or not least <= len(self.value) <= most:
@@ -225,6 +268,15 @@ def parse_manifest(content: bytes) -> Manifest:
         ),
         enlarge=root.get("output").get("enlarge").text(*ENLARGE_RULES),
         artifacts=tuple(_artifact(node) for node in root.get("artifacts").items(1)),
+        withheld=tuple(
+            Withheld(
+                runtime=node.get("runtime").text(),
+                precision=node.get("precision").text(*PRECISIONS),
+                accuracy=node.get("verdict").text(*VERDICTS),
+                speed=_speed(node.get("speed")),
+            )
+            for node in (root.optional("withheld") or _Node([])).items()
+        ),
         golden=tuple(
             GoldenEntry(**{key: node.get(key).text() for key in ("frame", "logits", "mask")})
             for node in root.get("golden").items(1)
@@ -281,8 +333,26 @@ def _schema_version(node: _Node) -> tuple[int, int]:
     return version
 
 
+def parse_speed(value: dict[str, Any]) -> Speed:
+    """A manifest's `speed`. Raises BundleError."""
+    return _speed(_Node(value))
+
+
+def _speed(node: _Node) -> Speed:
+    low, median, high = (each.number(0, 1e6) for each in node.get("ratio").items(3, 3))
+    own, other = (each.number(0, 1e9) for each in node.get("milliseconds").items(2, 2))
+    return Speed(
+        ratio=(low, median, high),
+        over=node.get("over").text(*PRECISIONS),
+        milliseconds=(own, other),
+        machine=node.get("machine").text(),
+        threads=node.get("threads").integer(1, 4096),
+    )
+
+
 def _artifact(node: _Node) -> Artifact:
     tolerance, versions, parity = node.get("tolerance"), node.get("versions"), node.get("parity")
+    rest, speed = node.optional("rest"), node.optional("speed")
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
@@ -296,6 +366,8 @@ def _artifact(node: _Node) -> Artifact:
         ),
         versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
+        rest=rest.text("fp32", "bf16") if rest else "fp32",
+        speed=_speed(speed) if speed else None,
         accuracy=parity.get("verdict").text(*VERDICTS),
         shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
         parity=parity.object(),

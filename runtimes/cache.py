@@ -63,6 +63,15 @@ def cpu_features() -> set[str]:
     return set()
 
 
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
 def processor() -> str:
     """The processor's model and instruction sets: what is compiled for one may not run on another."""
     lines: set[str] = set()

@@ -86,6 +86,12 @@ def interleaved(
     return samples
 
 
+def ratio(samples: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile of the ratios of interleaved rounds."""
+    ratios = [value / other for value, other in zip(samples, base, strict=True)]
+    return [round(float(np.percentile(ratios, p)), 4) for p in (25, 50, 75)]
+
+
 # Regions ----------------------------------------------------------------------------------------------------------
 
 

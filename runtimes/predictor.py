@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Literal
@@ -18,7 +19,15 @@ from numpy.typing import NDArray
 
 from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import images, measure, postprocess, preprocess
-from msa2net.runtimes.backends import RUNTIMES, Backend, backend_class, default_threads, why_not, why_not_precision
+from msa2net.runtimes.backends import (
+    INT8,
+    RUNTIMES,
+    Backend,
+    backend_class,
+    default_threads,
+    why_not,
+    why_not_precision,
+)
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
 from msa2net.runtimes.cache import CacheWarning, Slot, default_folder
 
@@ -114,6 +123,7 @@ class Availability:
     """Whether an artifact of a bundle can run here; `reason` says why not, or is empty.
 
     accuracy   the verdict of its check at export: "high", "standard", "failed" or "unjudged"
+    speed      of int8, its time over the fastest higher precision's, and on which machine; else empty
     """
 
     runtime: str
@@ -121,6 +131,7 @@ class Availability:
     accuracy: str
     available: bool
     reason: str
+    speed: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,8 @@ class Predictor:
         runtime     "onnxruntime", "openvino", "pytorch", or "auto": the first of these, in this order, that is
                     installed and has an artifact in `precision` that did not fail its accuracy check. One that is
                     named never falls back to another; if it failed, there is an AccuracyLossWarning.
-        precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`.
+        precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`. "int8"
+                    with runtime "auto" takes "int8-portable" where the CPU has no VNNI or dot products.
         device      "CPU"; with OpenVINO any device that it lists
         threads     for one inference; by default the cores that the process may use, by its affinity and by the quota
                     of its control groups
@@ -221,7 +233,7 @@ class Predictor:
             if not slot:
                 checked.result()
             try:
-                backend = backend_type(files, bundle.manifest, device, precision, threads, slot)
+                backend = backend_type(files, bundle.manifest, device, artifact.precision, threads, slot, artifact.rest)
             except Msa2NetError:
                 raise
             except Exception as error:  # each runtime has its own kinds
@@ -351,7 +363,8 @@ class Predictor:
     def available(path: str | Path | None = None) -> list[Availability]:
         """What of a bundle (the demo's if None) can run on this machine, and why not the rest. Loads no runtime."""
         found = []
-        for artifact in Bundle(DEMO_BUNDLE if path is None else path).manifest.artifacts:
+        manifest = Bundle(DEMO_BUNDLE if path is None else path).manifest
+        for artifact in manifest.artifacts:
             try:
                 error: Msa2NetError | None = why_not(artifact.runtime)
                 error = error or why_not_precision(artifact.runtime, artifact.precision)
@@ -364,8 +377,12 @@ class Predictor:
                     accuracy=artifact.accuracy,
                     available=error is None,
                     reason=str(error) if error else "",
+                    speed=str(artifact.speed) if artifact.speed else "",
                 )
             )
+        for each in manifest.withheld:
+            reason = f"not shipped, it takes {each.speed}"
+            found.append(Availability(each.runtime, each.precision, each.accuracy, False, reason, str(each.speed)))
         return found
 
     def close(self) -> None:
@@ -382,9 +399,13 @@ class Predictor:
 
 
 def _choose(bundle: Bundle, precision: str) -> Artifact:
-    """For runtime="auto": the first runtime of the table that can run, each one passed over logged with its reason."""
+    """For runtime="auto": the first runtime of the table that can run, each one passed over logged with its reason.
+
+    For "int8" the portable artifact is taken where the CPU cannot run the other, or the bundle has no other.
+    """
     reasons = []
-    for runtime in RUNTIMES:
+    wanted = INT8 if precision == "int8" else (precision,)
+    for precision, runtime in product(wanted, RUNTIMES):
         try:
             if error := why_not(runtime) or why_not_precision(runtime, precision):
                 raise error
@@ -397,7 +418,7 @@ def _choose(bundle: Bundle, precision: str) -> Artifact:
             reasons.append(str(error))
             log.info("auto: passed over %s: %s", runtime, error)
             continue
-        log.info("auto: picked %s", runtime)
+        log.info("auto: picked %s", artifact.name)
         return artifact
     raise RuntimeUnavailableError("runtime 'auto'", f"nothing can run here: {'; '.join(reasons)}", "", "Install one.")
 

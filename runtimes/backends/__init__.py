@@ -1,8 +1,8 @@
 """The runtimes: one table of names, one file each. A backend's library is imported on first use and never before.
 
 A backend is a class with
-    __init__(files, manifest, device, precision, threads, slot)   loads, by way of the cache if there is a `slot`;
-                 raises RuntimeUnavailableError if it cannot as asked
+    __init__(files, manifest, device, precision, threads, slot, rest)   loads, by way of the cache if there is a
+                 `slot`; raises RuntimeUnavailableError if it cannot as asked. `rest` is that of `bundle.Artifact`.
     infer(x)     (1, C, h, w) float32 -> (1, K, h, w) float32, an array that the caller may keep; from any thread
     facts        `Facts`: what the runtime says it really runs, read back from it
     close()      frees what it holds
@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,7 @@ class Backend(Protocol):
         precision: str,
         threads: int,
         slot: Slot | None = None,
+        rest: str = "fp32",
     ) -> None: ...
 
     @staticmethod
@@ -96,17 +98,33 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
     return None
 
 
+INT8 = ("int8", "int8-portable")
 # By precision: the instruction sets of which one is needed, as numpy names them, and how to say so.
 _NEEDS = {
     "bf16": ({"AVX512BF16", "ASIMDBF16"}, "AVX512_BF16"),
     "fp16": ({"ASIMDHP"}, "FEAT_FP16 (of Arm; an x86 one would compute it in fp32)"),
+    "int8": ({"AVX512VNNI", "AVXVNNI", "ASIMDDP"}, "VNNI or dot products (it would cut off sums)"),
 }
+
+
+def _features() -> set[str]:
+    """`cpu_features`, with AVX-VNNI, which numpy does not know.
+
+    /proc/cpuinfo does, but shows the host's flags under emulation. Every CPU with AVX-VNNI has VAES and GFNI as well:
+    where numpy, which asks the CPU, does not find these, the file speaks of another CPU.
+    """
+    found = cpu_features()
+    if {"VAES", "GFNI"} <= found:
+        with suppress(OSError):
+            if " avx_vnni" in Path("/proc/cpuinfo").read_text():
+                found = found | {"AVXVNNI"}
+    return found
 
 
 def cpu_lacks(precision: str) -> str:
     """What this CPU would need to compute in `precision`; empty if nothing is missing."""
     needed, said = _NEEDS.get(precision, (set(), ""))
-    return said if needed and not needed & cpu_features() else ""
+    return said if needed and not needed & _features() else ""
 
 
 def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> RuntimeUnavailableError | None:

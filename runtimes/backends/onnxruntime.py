@@ -20,13 +20,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, require_cpu
+from msa2net.runtimes.backends import INT8, Facts, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
 PROVIDER = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 _PRODUCTS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul"}
+_INT8_PRODUCTS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 _NO_COMPUTE = {"Cast", "Concat", "Gather", "Reshape", "Split", "Squeeze", "Transpose"}  # these move data
 _MODEL, _DATA = "model.onnx", "model.data"
 _LEAST = 1024  # bytes; smaller tensors stay in the model
@@ -44,14 +45,15 @@ class OnnxRuntimeBackend:
         precision: str,
         threads: int,
         slot: Slot | None = None,
+        rest: str = "fp32",
     ) -> None:
-        require_cpu("onnxruntime", device, precision, ("fp32", "fp16"))
+        require_cpu("onnxruntime", device, precision, ("fp32", "fp16", *INT8))
         self._threads = threads
-        with TemporaryDirectory() if precision == "fp16" else nullcontext() as self._profiles:
+        with TemporaryDirectory() if precision != "fp32" else nullcontext() as self._profiles:
             # Of fp16, ONNX Runtime 1.32 on Arm cannot read the packed weights that it wrote.
-            session = self._load(files[0], slot if precision == "fp32" else None)
-            # A graph of floats runs in fp32 on this provider; one in fp16 may do so, too, and that is read back.
-            layers = self._executed(session, manifest) if precision == "fp16" else {}
+            session = self._load(files[0], slot if precision != "fp16" else None)
+            # A graph of floats runs in fp32 on this provider; one in less may do so, too, and that is read back.
+            layers = self._executed(session, manifest, precision) if precision != "fp32" else {}
         self._session = session
         self._input = session.get_inputs()[0].name
         self.facts = Facts(
@@ -82,10 +84,10 @@ class OnnxRuntimeBackend:
         return session
 
     @staticmethod
-    def _executed(session: Any, manifest: Manifest) -> dict[str, int]:
+    def _executed(session: Any, manifest: Manifest, precision: str) -> dict[str, int]:
         """How many nodes compute in each precision, by the profile of one inference; no output is used.
 
-        Raises RuntimeUnavailableError if no product is computed in fp16.
+        Raises RuntimeUnavailableError if no product is computed in the precision.
         """
         contract = manifest.input
         nothing = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
@@ -93,11 +95,13 @@ class OnnxRuntimeBackend:
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         ran = [event["args"] for event in events if "output_type_shape" in event.get("args", {})]
         kinds = [(each["op_name"], next(iter(each["output_type_shape"][0]), "")) for each in ran]
-        if not any(name in _PRODUCTS and kind == "float16" for name, kind in kinds):
+        kinds = [(name, "int8" if name in _INT8_PRODUCTS else kind) for name, kind in kinds]
+        wanted = "float16" if precision == "fp16" else "int8"
+        if not any(name in _PRODUCTS | _INT8_PRODUCTS and kind == wanted for name, kind in kinds):
             raise RuntimeUnavailableError(
                 "runtime 'onnxruntime'",
-                "computes every product of this fp16 model in fp32",
-                "expected fp16",
+                f"computes every product of this {precision} model in fp32",
+                f"expected {precision}",
                 "Use the artifact in fp32.",
             )
         return dict(sorted(Counter(kind for name, kind in kinds if name not in _NO_COMPUTE).items()))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, why_not_precision
+from msa2net.runtimes.backends import INT8, Facts, why_not_precision
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
@@ -81,6 +81,7 @@ class OpenVinoBackend:
         precision: str,
         threads: int,
         slot: Slot | None = None,
+        rest: str = "fp32",
     ) -> None:
         core = openvino.Core()
         if device not in core.available_devices:
@@ -90,19 +91,22 @@ class OpenVinoBackend:
                 f"expected one of {', '.join(core.available_devices)}",
                 "Is the device's driver installed?",
             )
-        if precision not in _HINTS:
+        if precision not in (*_HINTS, *INT8):
             raise RuntimeUnavailableError(
                 "runtime 'openvino'",
                 f"got precision {precision!r}",
-                f"expected one of {', '.join(_HINTS)}",
+                f"expected one of {', '.join((*_HINTS, *INT8))}",
                 "Others are not supported yet.",
             )
         if error := why_not_precision("openvino", precision, device):
             raise error
+        if precision in INT8 and why_not_precision("openvino", rest, device):
+            rest = "fp32"
+        hint = _HINTS[rest if precision in INT8 else precision]
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             # Without it the CPU plugin runs fp32 models in bf16 where the CPU can.
-            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            "INFERENCE_PRECISION_HINT": hint,
         }
         if device == "CPU":
             config["INFERENCE_NUM_THREADS"] = threads
@@ -135,7 +139,7 @@ class OpenVinoBackend:
             version=openvino.__version__.split("-")[0],
             device=", ".join(compiled.get_property("EXECUTION_DEVICES")),
             provider=core.get_property(device, "FULL_DEVICE_NAME"),
-            precision=self._require_precision(precision, {found for _, found in executed}, layers),
+            precision=self._require_precision(precision, hint, {found for _, found in executed}, layers),
             threads=compiled.get_property("INFERENCE_NUM_THREADS") if device == "CPU" else 0,
             layers=dict(sorted(layers.items())),
         )
@@ -153,13 +157,18 @@ class OpenVinoBackend:
             if "runtimePrecision" in info
         ]
 
-    def _require_precision(self, asked: str, executed: set[str], computed: Collection[str]) -> str:
-        """The precision asked for, if the property, all layers and those that compute agree with it."""
+    def _require_precision(self, asked: str, wanted: Any, executed: set[str], computed: Collection[str]) -> str:
+        """The precision asked for, if the property (the hint `wanted`), all layers and those that compute agree."""
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT")
         lower = {"bf16", "f16", "i8", "u8"} & executed
         # A graph in bf16 has layers in f32, too: those kept there. One without any in bf16 is not in bf16.
-        wrong = bool(lower) if asked == "fp32" else _HINTS[asked].get_type_name() not in computed
-        if hint != _HINTS[asked] or wrong:
+        if asked == "fp32":
+            agree = not lower
+        elif asked in INT8:
+            agree = bool({"i8", "u8"} & set(computed))
+        else:
+            agree = wanted.get_type_name() in computed
+        if hint != wanted or not agree:
             raise RuntimeUnavailableError(
                 "runtime 'openvino'",
                 f"runs in {hint.get_type_name()} with nodes in {sorted(executed)}",

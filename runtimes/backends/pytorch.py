@@ -37,6 +37,7 @@ class PyTorchBackend:
         precision: str,
         threads: int,
         slot: Slot | None = None,
+        rest: str = "fp32",
     ) -> None:
         from msa2net.core.config import ModelConfig
         from msa2net.core.network import MSA2Net, is_unused

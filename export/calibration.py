@@ -1,0 +1,112 @@
+"""The images that int8's ranges are taken from: enough, with something to see, and like those it is judged on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from msa2net.core.data import open_for
+from msa2net.core.network import MSA2Net
+from msa2net.core.phantoms import KINDS, phantom
+from msa2net.errors import ExportError
+from msa2net.export import parity
+from msa2net.runtimes import preprocess
+from msa2net.runtimes.bundle import InputContract
+
+LEAST, MOST = 16, 72
+HELD = 8  # of them, no ranges are taken from: methods are compared and places are ranked on these
+PHANTOM_SEED = 3_000_000  # apart from training, validation, test and the parity check
+# How much more or less the network's layers may read of the judged images than of these, before it is said.
+LARGER, SMALLER = 1.5, 0.6
+Tensors = Sequence[NDArray[np.float32]]
+
+
+class CalibrationWarning(UserWarning):
+    """The calibration images are unlike those that the artifact is judged on."""
+
+
+def frames(data: str | None, classes: Sequence[str], channels: int, most: int = MOST) -> list[parity.Case]:
+    """The calibration images: at most `most` of "KIND:PATH", evenly spread, or phantoms of both kinds if None.
+
+    Raises ExportError for fewer than `LEAST`, and for an image of one value, and DataError for what cannot be read.
+    """
+    if data is None:
+        grey = channels == 1
+        cases = []
+        for i in range(most):
+            image = phantom(KINDS[i % len(KINDS)], PHANTOM_SEED + i).image
+            cases.append(parity.Case(f"phantom {i}", np.ascontiguousarray(image[..., 1]) if grey else image))
+        return cases
+    cases = parity.data_cases(open_for(classes, data), len(classes), most)
+    if len(cases) < LEAST:
+        raise ExportError(
+            "--calibration", f"{len(cases)} images", f"expected at least {LEAST}", "Ranges of so few hold for no other."
+        )
+    for case in cases:
+        if case.frame.min() == case.frame.max():
+            raise ExportError(
+                f"--calibration, image {case.name}",
+                f"has the one value {case.frame.min()}",
+                "expected something to see",
+                "Remove it.",
+            )
+    return cases
+
+
+def tensors(cases: Sequence[parity.Case], contract: InputContract) -> list[NDArray[np.float32]]:
+    """The network's inputs (1, C, h, w)."""
+    return [preprocess.to_tensor(case.frame, contract, case.bits) for case in cases]
+
+
+@torch.inference_mode()
+def reach(model: MSA2Net, inputs: Tensors) -> dict[str, float]:
+    """By convolution and linear layer, the largest |value| that it reads: the mean over the inputs."""
+    sums: dict[str, float] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: sums.__setitem__(name, sums.get(name, 0.0) + float(given[0].abs().max()))
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        for each in inputs:
+            model(torch.from_numpy(each))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total / len(inputs) for name, total in sums.items()}
+
+
+def describe(data: str | None, inputs: Tensors, model: MSA2Net, judged: Tensors) -> dict[str, Any]:
+    """For the manifest: what the ranges were taken from, and `compare` of it with what is judged."""
+    return {
+        "data": data.partition(":")[0] if data else "phantoms",
+        "images": len(inputs),
+        "judged_over_calibration": compare(model, inputs[: len(judged)], judged),
+    }
+
+
+def compare(model: MSA2Net, calibration: Tensors, judged: Tensors) -> float:
+    """Median over the layers of what the judged images make them read over what the calibration images do.
+
+    Far from 1 they are of another kind, and a CalibrationWarning says so: larger values would be cut off at the end of
+    the range, smaller ones fall onto few of its 256 steps.
+    """
+    ours, theirs = reach(model, calibration), reach(model, judged)
+    ratio = float(np.median([theirs[name] / max(value, 1e-12) for name, value in ours.items()]))
+    if not SMALLER <= ratio <= LARGER:
+        warnings.warn(
+            f"the images of the accuracy check make the network's layers read {ratio:.2f} times what the calibration "
+            f"images do (expected {SMALLER} to {LARGER}): are both of one kind? Give --calibration images as the "
+            "device sees them.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    return ratio

@@ -1,0 +1,329 @@
+"""int8: static post-training quantization, as ONNX with Q/DQ nodes and, by NNCF, as OpenVINO IR.
+
+Weights are symmetric with a scale for each output channel, activations have a zero point and one scale. Both tools
+quantize the whole network once; a place that is kept in higher precision then loses its quantizers and gets the weights
+of fp32 back, so that the ranges of the others stay as they are.
+
+`narrow` is the portable artifact: weights of 7 bits. A CPU without VNNI adds two products of 8 bits in 16 and cuts off
+what does not fit, in silence; products with 7 bits always fit.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+from numpy.typing import NDArray
+
+from msa2net.errors import ExportError
+from msa2net.export.openvino_ir import number_unnamed
+from msa2net.export.precision import Infer, Logits, boundary_error, place_of
+
+Tensors = Sequence[NDArray[np.float32]]
+# These only move numbers, so a rounding before them is of what comes after.
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "VariadicSplit", "Concat", "Gather", "StridedSlice"}
+
+
+def fine_place(node: str) -> str:
+    """The layer that a node of this name is of, or the product of two activations: `stages.0.blocks.0.conv.se.fc1`."""
+    block = place_of(node)
+    module, _, what = node.partition("/")
+    if block == "other":
+        return module
+    place = module[module.index(block) :]
+    return f"{place}/{what.rpartition('_')[0] or what}" if what.startswith("matmul") else place
+
+
+class OpenVinoInt8:
+    """See `msa2net.export.precision.Lowering`.
+
+    files      the fp32 IR's `.xml` and `.bin`, and `target`, the int8 one's `.xml`: paths below `folder`
+    inputs     (1, C, h, w) float32, from which ranges are taken, and `held`, on which methods are compared
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[str],
+        target: str,
+        inputs: Tensors,
+        held: Tensors,
+        narrow: bool,
+        tick: Callable[[str], object] = len,
+    ) -> None:
+        self._folder, self._target = folder, target
+        self._core = openvino.Core()
+        self._fp32 = self._core.read_model(folder / files[0], folder / files[1])
+        self._plain = {node.get_friendly_name(): node for node in self._fp32.get_ops()}
+        expected = _run(self.reference(), held)
+        found = {}
+        for method in NNCF_METHODS:
+            tick(f"ranges by {method}")
+            found[method] = _nncf(self._fp32.clone(), inputs, method, narrow)
+        self.methods = {
+            method: boundary_error(expected, _run(self._compiled(model), held)) for method, model in found.items()
+        }
+        self._quantized = found[min(self.methods, key=self.methods.__getitem__)]
+        self.places = tuple(sorted({place for places, *_ in self._quantizers(self._quantized) for place in places}))
+
+    def reference(self) -> Infer:
+        return self._compiled(self._fp32)
+
+    def infer(self, kept: Collection[str]) -> Infer:
+        return self._compiled(self._stripped(kept))
+
+    def write(self, kept: Collection[str]) -> tuple[str, ...]:
+        model = self._stripped(kept)
+        number_unnamed(model)
+        openvino.save_model(model, self._folder / self._target, compress_to_fp16=False)
+        return self._target, str(Path(self._target).with_suffix(".bin"))
+
+    def _quantizers(self, model: Any) -> Iterator[tuple[set[str], Any, Any]]:
+        """Every input that is rounded: the places that read it, the input, and what it reads in fp32."""
+        for node in model.get_ops():
+            plain = self._plain.get(node.get_friendly_name())
+            for i, port in enumerate(node.inputs()):
+                given = port.get_source_output().get_node()
+                if given.get_type_name() == "FakeQuantize":
+                    yield set(map(fine_place, _readers(port))), port, given.input_value(0)
+                elif plain is not None and given.get_type_name() != "Constant":
+                    weights = plain.input_value(i).get_node()
+                    if weights.get_type_name() == "Constant":
+                        yield {fine_place(node.get_friendly_name())}, port, weights
+
+    def _stripped(self, kept: Collection[str]) -> Any:
+        model = self._quantized.clone()
+        for places, port, source in list(self._quantizers(model)):
+            if not places <= set(kept):
+                continue
+            if isinstance(source, openvino.Node):
+                weights = openvino.opset13.constant(source.data)
+                weights.set_friendly_name(source.get_friendly_name())
+                source = weights.output(0)
+            port.replace_source_output(source)
+        return model
+
+    def _compiled(self, model: Any) -> Infer:
+        config = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "INFERENCE_NUM_THREADS": 1}
+        request = self._core.compile_model(model, "CPU", config).create_infer_request()
+
+        def infer(x: NDArray[np.float32]) -> Logits:
+            logits: Logits = next(iter(request.infer([x]).values())).copy()
+            return logits
+
+        return infer
+
+
+def _readers(port: Any) -> set[str]:
+    """The names of the nodes that compute with what this input reads, past those that only move it."""
+    node = port.get_node()
+    if node.get_type_name() not in _MOVES:
+        return {node.get_friendly_name()}
+    return {name for output in node.outputs() for target in output.get_target_inputs() for name in _readers(target)}
+
+
+def _run(infer: Infer, inputs: Tensors) -> list[Logits]:
+    return [infer(each) for each in inputs]
+
+
+def _import_nncf() -> Any:
+    """The package, without the telemetry client that it would report its use with."""
+    client = "openvino_telemetry"
+    before = sys.modules.get(client)
+    if "nncf" not in sys.modules:
+        sys.modules[client] = None  # type: ignore[assignment]
+    try:
+        import nncf
+    except ImportError as error:
+        raise ExportError(
+            "int8 for openvino", f"needs the package {error.name}", "", "pip install 'msa2net-edge[export]'"
+        ) from error
+    finally:
+        if sys.modules.get(client) is None:
+            del sys.modules[client]
+            if before:
+                sys.modules[client] = before
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
+NNCF_METHODS = {"mean of extremes": "MEAN_MINMAX", "extremes": "MINMAX", "histogram": "HISTOGRAM"}
+
+
+def _nncf(model: Any, inputs: Tensors, method: str, narrow: bool) -> Any:
+    """The model with FakeQuantize nodes, and its weights in int8."""
+    nncf = _import_nncf()
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    # Smoothing and bias correction would change other nodes' constants; measured, neither gains anything here.
+    parameters = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.OverflowFix.ENABLE if narrow else nncf.OverflowFix.DISABLE,
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1),
+        disable_bias_correction=True,
+        activations_range_estimator_params=getattr(RangeEstimatorParametersSet, NNCF_METHODS[method]),
+    )
+    with redirect_stdout(io.StringIO()):  # its own progress bars
+        return nncf.quantize(
+            model,
+            nncf.Dataset(list(inputs)),
+            subset_size=len(inputs),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=parameters,
+        )
+
+
+ORT_METHODS = ("mean of extremes", "extremes", "quantile")
+_TAIL = 1e-5  # of a tensor's values at either end, that the method "quantile" leaves out
+_QUANTIZED = ("Conv", "Gemm", "MatMul")
+
+
+class OnnxInt8:
+    """See `msa2net.export.precision.Lowering` and `OpenVinoInt8`; `files` and `target` name one ONNX file each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[str],
+        target: str,
+        inputs: Tensors,
+        held: Tensors,
+        narrow: bool,
+        tick: Callable[[str], object] = len,
+    ) -> None:
+        self._folder, self._target, self._narrow = folder, target, narrow
+        self._fp32 = _fused(folder / files[0])
+        nodes = self._fp32.graph.node
+        weights = {tensor.name for tensor in self._fp32.graph.initializer}
+        self._nodes = {
+            node.name: fine_place(node.name)
+            for node in nodes
+            if node.op_type in _QUANTIZED and node.input[1] in weights
+        }
+        self.places = tuple(sorted(set(self._nodes.values())))
+        tick("ranges")
+        ranges = _ranges(self._fp32, self._nodes, inputs)
+        expected = _run(self.reference(), held)
+        self.methods = {}
+        for method in ORT_METHODS:
+            tick(f"ranges by {method}")
+            self._ranges = ranges[method]
+            self.methods[method] = boundary_error(expected, _run(self.infer(()), held))
+        self._ranges = ranges[min(self.methods, key=self.methods.__getitem__)]
+
+    def reference(self) -> Infer:
+        return _session(self._fp32)
+
+    def infer(self, kept: Collection[str]) -> Infer:
+        return _session(self._with_quantizers(kept))
+
+    def write(self, kept: Collection[str]) -> tuple[str, ...]:
+        model = self._with_quantizers(kept)
+        onnx.checker.check_model(model, full_check=True)
+        (self._folder / self._target).write_bytes(model.SerializeToString(deterministic=True))
+        return (self._target,)
+
+    def _with_quantizers(self, kept: Collection[str]) -> onnx.ModelProto:
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        chosen = [name for name, place in self._nodes.items() if place not in kept]
+        model = onnx.ModelProto()
+        model.CopyFrom(self._fp32)
+        if not chosen:
+            return model
+        quantizer = QDQQuantizer(
+            model,
+            per_channel=True,
+            reduce_range=self._narrow,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges),
+            nodes_to_quantize=chosen,
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(_QUANTIZED),
+            # What a product gives is in fp32, and is rounded where the next one reads it.
+            extra_options={"WeightSymmetric": True, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        quantized: onnx.ModelProto = quantizer.model.model
+        return quantized
+
+
+def _fused(file: Path) -> onnx.ModelProto:
+    """The graph as ONNX Runtime fuses it, in standard operators: in Q/DQ it knows a Gemm, not a MatMul and an Add."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(Path(folder, "fused.onnx"))
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        model = onnx.load(options.optimized_model_filepath)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
+def _ranges(
+    model: onnx.ModelProto, nodes: Collection[str], inputs: Tensors
+) -> dict[str, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]]:
+    """By method, the least and the largest value of every tensor that the nodes read or give."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    read = [node for node in model.graph.node if node.name in nodes]
+    names = list(
+        dict.fromkeys(name for node in read for name in (*node.input[:2], *node.output) if name not in weights)
+    )
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    given = {value.name for value in [*model.graph.input, *model.graph.output]}
+    probed.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in given
+    )
+    session = _open(probed)
+    image = session.get_inputs()[0].name
+    found = np.zeros((2, 2, len(inputs), len(names)), np.float32)  # extremes or quantiles, low or high, input, tensor
+    for i, tensor in enumerate(inputs):
+        wanted = [name for name in names if name != image]
+        values = dict(zip(wanted, session.run(wanted, {image: tensor}), strict=True)) | {image: tensor}
+        for j, name in enumerate(names):
+            flat = values[name].ravel()
+            cut = int(_TAIL * flat.size)
+            found[0, :, i, j] = flat.min(), flat.max()
+            found[1, :, i, j] = np.partition(flat, (cut, flat.size - 1 - cut))[[cut, flat.size - 1 - cut]]
+    low, high = found[0]
+    by_method = {
+        "mean of extremes": (low.mean(0), high.mean(0)),
+        "extremes": (low.min(0), high.max(0)),
+        "quantile": (found[1, 0].mean(0), found[1, 1].mean(0)),
+    }
+    return {
+        method: {name: (a.reshape(1), b.reshape(1)) for name, a, b in zip(names, *both, strict=True)}
+        for method, both in by_method.items()
+    }
+
+
+def _open(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _session(model: onnx.ModelProto) -> Infer:
+    session = _open(model)
+    name = session.get_inputs()[0].name
+
+    def infer(x: NDArray[np.float32]) -> Logits:
+        logits: Logits = session.run(None, {name: x})[0]
+        return logits
+
+    return infer
