@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,10 @@ from msa2net.runtimes.bundle import InputContract
 LEAST, MOST = 16, 72
 HELD = 8  # of them, no ranges are taken from: methods are compared and places are ranked on these
 PHANTOM_SEED = 3_000_000  # apart from training, validation, test and the parity check
-# How much more or less the network's layers may read of the judged images than of these, before it is said.
-LARGER, SMALLER = 1.5, 0.6
+# The factor by which what the network's layers read of the judged images may differ from what they read of these, on
+# average. Of two draws of the demo's phantoms it is 1.04 to 1.06, of dermoscopy against ultrasound 1.11.
+MOST_APART = 1.08
+COMPARED = 16  # images of each
 Tensors = Sequence[NDArray[np.float32]]
 
 
@@ -86,27 +89,25 @@ def reach(model: MSA2Net, inputs: Tensors) -> dict[str, float]:
 
 def describe(data: str | None, inputs: Tensors, model: MSA2Net, judged: Tensors) -> dict[str, Any]:
     """For the manifest: what the ranges were taken from, and `compare` of it with what is judged."""
-    return {
-        "data": data.partition(":")[0] if data else "phantoms",
-        "images": len(inputs),
-        "judged_over_calibration": compare(model, inputs[: len(judged)], judged),
-    }
+    factor = compare(model, inputs[:COMPARED], judged[:COMPARED])
+    return {"data": data.partition(":")[0] if data else "phantoms", "images": len(inputs), "apart": factor}
 
 
-def compare(model: MSA2Net, calibration: Tensors, judged: Tensors) -> float:
-    """Median over the layers of what the judged images make them read over what the calibration images do.
+def compare(model: MSA2Net, inputs: Tensors, judged: Tensors) -> float:
+    """The factor by which the largest value that a layer reads differs between the two: geometric mean over the layers.
 
-    Far from 1 they are of another kind, and a CalibrationWarning says so: larger values would be cut off at the end of
-    the range, smaller ones fall onto few of its 256 steps.
+    Far from 1 they are of different kinds, and a CalibrationWarning says so: larger values would be cut off at the end
+    of the range, smaller ones fall onto few of its 256 steps.
     """
-    ours, theirs = reach(model, calibration), reach(model, judged)
-    ratio = float(np.median([theirs[name] / max(value, 1e-12) for name, value in ours.items()]))
-    if not SMALLER <= ratio <= LARGER:
+    ours, theirs = reach(model, inputs), reach(model, judged)
+    apart = [abs(math.log(max(theirs[name], 1e-12) / max(value, 1e-12))) for name, value in ours.items()]
+    factor = math.exp(float(np.mean(apart)))
+    if factor > MOST_APART:
         warnings.warn(
-            f"the images of the accuracy check make the network's layers read {ratio:.2f} times what the calibration "
-            f"images do (expected {SMALLER} to {LARGER}): are both of one kind? Give --calibration images as the "
-            "device sees them.",
+            f"what the network's layers read of the calibration images and of the images of the accuracy check differ "
+            f"by a factor of {factor:.2f}, expected at most {MOST_APART}: are both of one kind? Give --calibration "
+            "images as the device sees them.",
             CalibrationWarning,
             stacklevel=2,
         )
-    return ratio
+    return factor

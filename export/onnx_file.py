@@ -37,9 +37,9 @@ def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
     assert program is not None  # it is None only when a file name is given
     proto = program.model_proto
     _name(proto)
-    _strip(proto)
+    strip(proto)
     proto.ir_version = min(proto.ir_version, IR_VERSION)
-    _check(proto)
+    check(proto)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(proto.SerializeToString(deterministic=True))
     return {"onnx": onnx.__version__, "torch": torch.__version__, "opset": str(OPSET), "ir": str(proto.ir_version)}
@@ -69,7 +69,7 @@ class _Quiet:
         self.logger.setLevel(self.level)
 
 
-def _strip(proto: onnx.ModelProto) -> None:
+def strip(proto: onnx.ModelProto) -> None:
     """Removes what the exporter notes for debugging: it names source files of the exporting machine."""
     del proto.metadata_props[:]
     proto.doc_string = ""
@@ -82,7 +82,7 @@ def _strip(proto: onnx.ModelProto) -> None:
         del item.metadata_props[:]
 
 
-def _check(proto: onnx.ModelProto) -> None:
+def check(proto: onnx.ModelProto) -> None:
     onnx.checker.check_model(proto, full_check=True)
     opsets = {(entry.domain, entry.version) for entry in proto.opset_import}
     external = [tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]

@@ -70,11 +70,10 @@ def phantom_cases(grey: bool, count: int = 40) -> list[Case]:
     return cases
 
 
-def saturating_case(grey: bool, size: int = 224) -> Case:
+def saturating_case() -> Case:
     """A golden frame of black and white blocks: its large sums show a CPU that cuts them off, see `export.quantize`."""
-    blocks = np.random.default_rng(0).integers(0, 2, (size // 8, size // 8, 3), np.uint8) * 255
-    frame = blocks.repeat(8, 0).repeat(8, 1)
-    return Case("blocks", np.ascontiguousarray(frame[..., 0]) if grey else frame)
+    blocks = np.random.default_rng(0).integers(0, 2, (7, 7), np.uint8) * 255
+    return Case("blocks", blocks.repeat(32, 0).repeat(32, 1))
 
 
 def data_cases(dataset: Dataset, classes: int, limit: int = MAX_FRAMES) -> list[Case]:

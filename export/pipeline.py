@@ -196,7 +196,7 @@ def export_bundle(
         document["artifacts"] = [_entry(folder, *each, versions[each[0]]) for each in wanted]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
         if int8:
-            golden.append(parity.saturating_case(grey=channels == 1))
+            golden.append(parity.saturating_case())
         document["golden"] = [
             {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
         ]
@@ -216,7 +216,9 @@ def export_bundle(
         inputs = calibration.tensors(calibrated_on, manifest.input)
         if int8:
             bar.set_postfix_str("calibration")
-            document["calibration"] = calibration.describe(calibrate, inputs, model, images)
+            document["calibration"] = calibration.describe(
+                calibrate, inputs, model, calibration.tensors(cases[: calibration.COMPARED], manifest.input)
+            )
         rankings: dict[str, dict[str, Any]] = {}  # of the runtimes, in int8
         for i, entry in enumerate(document["artifacts"]):
 
@@ -241,8 +243,9 @@ def export_bundle(
         if int8 and not allow_slower:
             _withhold(document)
         listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
-        for relative in {path for paths in _FILES.values() for path in paths} - listed:
-            (folder / relative).unlink(missing_ok=True)  # made only to be lowered
+        for file in (file for name in _FILES.values() for file in (folder / name[0]).parent.glob("*")):
+            if file.relative_to(folder).as_posix() not in listed:
+                file.unlink()  # made only to be lowered, or not shipped
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         bar.set_postfix_str("writing")
     return output

@@ -26,6 +26,7 @@ import openvino
 from numpy.typing import NDArray
 
 from msa2net.errors import ExportError
+from msa2net.export import onnx_file
 from msa2net.export.openvino_ir import number_unnamed
 from msa2net.export.precision import Infer, Logits, boundary_error, place_of
 
@@ -228,7 +229,10 @@ class OnnxInt8:
 
     def write(self, kept: Collection[str]) -> tuple[str, ...]:
         model = self._with_quantizers(kept)
-        onnx.checker.check_model(model, full_check=True)
+        onnx_file.strip(model)
+        for tensor in model.graph.initializer:
+            tensor.ClearField("data_location")  # it says that the weights are inside, which goes without saying
+        onnx_file.check(model)
         (self._folder / self._target).write_bytes(model.SerializeToString(deterministic=True))
         return (self._target,)
 
@@ -270,6 +274,8 @@ def _fused(file: Path) -> onnx.ModelProto:
         options.log_severity_level = 3
         onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         model = onnx.load(options.optimized_model_filepath)
+    del model.opset_import[:]
+    model.opset_import.append(onnx.helper.make_opsetid("", onnx_file.OPSET))  # it lists all domains that it knows
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
 
-SCHEMA_VERSION = (2, 2)
+SCHEMA_VERSION = (3, 0)
+READS = (2, 3)  # major versions
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
 RESIZE_RULES = ("bilinear", "spline")
@@ -319,11 +320,11 @@ def _schema_version(node: _Node) -> tuple[int, int]:
     if not found:
         raise node.refuse("MAJOR.MINOR")
     version = int(found[1]), int(found[2])
-    if version[0] != SCHEMA_VERSION[0]:
+    if version[0] not in READS:
         raise BundleError(
             f"{MANIFEST} {node.path}",
             f"got version {node.value}",
-            f"expected {SCHEMA_VERSION[0]}.x",
+            f"expected {' or '.join(f'{major}.x' for major in READS)}",
             "Install the msa2net-edge that wrote the bundle, or export again with this one.",
         )
     if version > SCHEMA_VERSION:

@@ -125,7 +125,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     manifest = parse_manifest(SAMPLE.encode())
-    assert manifest.schema_version == SCHEMA_VERSION == (2, 1)
+    assert manifest.schema_version == SCHEMA_VERSION == (3, 0)
     assert (manifest.model_name, manifest.model_version, manifest.model_variant) == ("lesion", "2.1", "tiny")
     assert manifest.notice == "Not a medical device. Validate before any clinical use."
     assert manifest.model_config["depths"] == [1, 1, 1, 1]
@@ -591,7 +591,12 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("artifacts",), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
     (("artifacts", 0), None, "got null", "expected an object"),
     (("artifacts", 0, "runtime"), 3, "got 3", "expected a string"),
-    (("artifacts", 0, "precision"), "fp8", 'got "fp8"', "expected 'fp32' or 'bf16' or 'fp16' or 'int8'"),
+    (
+        ("artifacts", 0, "precision"),
+        "fp8",
+        'got "fp8"',
+        "expected 'fp32' or 'bf16' or 'fp16' or 'int8' or 'int8-portable'",
+    ),
     (("artifacts", 0, "files"), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
     (("artifacts", 0, "files", 0, "bytes"), 0, "got 0", "expected a whole number from 1 to 1099511627776"),
     (("artifacts", 0, "files", 0, "bytes"), 1e3, "got 1000.0", "expected a whole number from 1 to 1099511627776"),
@@ -687,22 +692,22 @@ def test_json_that_is_no_object_is_refused(root: Path, content: bytes, found: st
     assert parts(refused(root)) == (f"{MANIFEST} $", found, "expected an object", EXPORT)
 
 
-@pytest.mark.parametrize("version", ["0.9", "1.0", "3.0", "10.0"])
+@pytest.mark.parametrize("version", ["0.9", "1.0", "4.0", "10.0"])
 def test_another_major_version_is_refused_before_any_other_field_is_read(root: Path, version: str) -> None:
     set_manifest(root, json.dumps({"schema_version": version, "model": 7}).encode())
     assert parts(refused(root)) == (
         f"{MANIFEST} $.schema_version",
         f"got version {version}",
-        "expected 2.x",
+        "expected 2.x or 3.x",
         "Install the msa2net-edge that wrote the bundle, or export again with this one.",
     )
 
 
 def test_a_newer_minor_version_is_read_with_a_warning(root: Path) -> None:
-    edit(root, lambda d: d.update(schema_version="2.7", future={"a": 1}))
-    with pytest.warns(UserWarning, match=r"^the bundle's schema 2\.7 is newer than this package's: what is new in it"):
+    edit(root, lambda d: d.update(schema_version="3.7", future={"a": 1}))
+    with pytest.warns(UserWarning, match=r"^the bundle's schema 3\.7 is newer than this package's: what is new in it"):
         opened = Bundle(root)
-    assert opened.manifest.schema_version == (2, 7)
+    assert opened.manifest.schema_version == (3, 7)
     assert opened.manifest.model_name == "lesion"
 
 
@@ -716,7 +721,7 @@ def test_a_bundle_without_verdicts_is_refused_by_its_version(root: Path) -> None
 
     edit(root, change)
     assert str(refused(root)) == (
-        "manifest.json $.schema_version: got version 1.0, expected 2.x. "
+        "manifest.json $.schema_version: got version 1.0, expected 2.x or 3.x. "
         "Install the msa2net-edge that wrote the bundle, or export again with this one."
     )
 

@@ -1,0 +1,302 @@
+"""int8: what is quantized and what is kept, what runs, on which CPU, and what is not shipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from msa2net.core import fakequant
+from msa2net.core.checkpoint import load_model, read_checkpoint
+from msa2net.errors import ExportError, RuntimeUnavailableError
+from msa2net.export import calibration, export_bundle, parity, pipeline, precision, quantize
+from msa2net.runtimes import Predictor, backends
+from msa2net.runtimes.bundle import MANIFEST, Bundle
+from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+DEMO = Path(__file__).parents[1] / "core/demo.safetensors"
+RUNTIMES = ("onnxruntime", "openvino")
+has_vnni = pytest.mark.skipif(bool(backends.cpu_lacks("int8")), reason="this CPU has no VNNI")
+pytestmark = has_vnni
+
+
+def unranked(lowering: precision.Lowering, *_: Any) -> dict[str, Any]:
+    return {"places": [{"place": place, "error": 0.0, "share": 0.0} for place in lowering.places]}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+
+def make_quick(patch: pytest.MonkeyPatch) -> None:
+    """No ranking, one range method, few images."""
+    few = parity.phantom_cases
+    patch.setattr(parity, "phantom_cases", lambda grey, count=20: few(grey, count))
+    patch.setattr(precision, "rank", unranked)
+    patch.setattr(precision, "steps", lambda _, forced: iter([tuple(forced)]))
+    patch.setattr(quantize, "NNCF_METHODS", {"extremes": "MINMAX"})
+    patch.setattr(calibration, "MOST", 16)
+    patch.setattr(calibration.frames, "__defaults__", (16,))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo in int8 on both runtimes, stage 0 kept in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
+        yield export_bundle(
+            DEMO,
+            tmp_path_factory.mktemp("int8") / "demo.bundle",
+            runtimes=RUNTIMES,
+            precisions=backends.INT8,
+            keep=["stages.0"],
+            allow_accuracy_loss=True,
+            allow_slower=True,
+            progress=False,
+        )
+
+
+def entry(bundle: Path, runtime: str, named: str) -> dict[str, Any]:
+    found = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["artifacts"]
+    (each,) = [each for each in found if (each["runtime"], each["precision"]) == (runtime, named)]
+    result: dict[str, Any] = each
+    return result
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("named", backends.INT8)
+def test_an_int8_artifact_runs_in_int8_and_says_what_it_is(bundle: Path, runtime: str, named: str) -> None:
+    found = entry(bundle, runtime, named)
+    assert found["parity"]["pixel_agreement"] > 0.995
+    assert found["parity"]["verdict"] in ("high", "standard")
+    assert set(found["precision_scan"]["forced"]) == set(found["precision_scan"]["kept"])
+    assert all(place.startswith("stages.0.") for place in found["precision_scan"]["kept"])
+    assert found["speed"]["ratio"][0] <= found["speed"]["ratio"][1] <= found["speed"]["ratio"][2]
+    with Predictor.load(bundle, runtime=runtime, precision=named, cache=False) as predictor:
+        assert predictor.self_test().passed
+        assert predictor.execution.precision == named
+        layers = predictor.execution.layers
+        assert sum(count for kind, count in layers.items() if kind in ("int8", "i8", "u8")) > 80
+    shown = [each for each in Predictor.available(bundle) if (each.runtime, each.precision) == (runtime, named)]
+    assert "times" in shown[0].speed
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_second_start_gives_the_same_bits(bundle: Path, tmp_path: Path, runtime: str) -> None:
+    frame = parity.saturating_case().frame
+    logits = []
+    for cached in (False, True):
+        with Predictor.load(bundle, runtime=runtime, precision="int8", cache=tmp_path) as predictor:
+            assert predictor.execution.cached is cached
+            logits.append(predictor.predict(frame).logits)
+    assert np.array_equal(*logits)
+
+
+def test_kept_places_hold_no_quantizer_and_the_others_do(bundle: Path) -> None:
+    model = onnx.load(bundle / entry(bundle, "onnxruntime", "int8")["files"][0]["path"])
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm") and "stages." in node.name:
+            weights = made_by.get(node.input[1], "constant")
+            assert (weights == "DequantizeLinear") is ("stages.0." not in node.name), node.name
+
+
+def test_the_weights_are_a_quarter_and_those_of_the_portable_artifact_have_seven_bits(bundle: Path) -> None:
+    for named, limit in (("int8", 127), ("int8-portable", 64)):
+        model = onnx.load(bundle / entry(bundle, "onnxruntime", named)["files"][0]["path"])
+        weights = [
+            onnx.numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8
+        ]
+        assert max(np.abs(each.astype(int)).max() for each in weights) == limit or limit == 64
+        assert max(np.abs(each.astype(int)).max() for each in weights) <= limit
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [quantize.OnnxInt8, quantize.OpenVinoInt8])
+def test_the_same_images_give_the_same_file_and_all_kept_is_fp32(tmp_path: Path, kind: Any) -> None:
+    runtime = "onnxruntime" if kind is quantize.OnnxInt8 else "openvino"
+    files = pipeline._FILES[runtime]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes((DEMO_BUNDLE / file).read_bytes())
+    contract = Bundle(DEMO_BUNDLE).manifest.input
+    tensors = calibration.tensors(calibration.frames(None, (), 3), contract)
+    written = []
+    for _ in range(2):
+        lowering = kind(tmp_path, files, pipeline._LOWERED[runtime].format("x"), tensors[4:], tensors[:4], False)
+        written.append([(tmp_path / file).read_bytes() for file in lowering.write(())])
+    assert written[0] == written[1]
+    expected = lowering.reference()(tensors[0])
+    assert np.array_equal(lowering.infer(lowering.places)(tensors[0]), expected)
+    assert not np.array_equal(lowering.infer(())(tensors[0]), expected)
+
+
+# Which CPU -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_without_vnni_is_refused_by_name_and_auto_takes_the_portable_artifact(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "cpu_features", lambda: {"AVX2", "FMA3"})
+    for runtime in RUNTIMES:
+        with pytest.raises(RuntimeUnavailableError, match="this CPU cannot run int8, it has no VNNI or dot products"):
+            Predictor.load(bundle, runtime=runtime, precision="int8")
+    assert {each.precision: each.available for each in Predictor.available(bundle)} == {
+        "int8": False,
+        "int8-portable": True,
+    }
+    with Predictor.load(bundle, precision="int8", cache=False) as predictor:
+        assert (predictor.execution.precision, predictor.execution.precision_asked) == ("int8-portable", "int8")
+
+
+@pytest.mark.parametrize("features", [{"AVX512VNNI"}, {"ASIMDDP"}])
+def test_vnni_and_dot_products_run_int8(features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "cpu_features", lambda: features)
+    assert not backends.cpu_lacks("int8")
+
+
+def test_avx_vnni_is_believed_only_of_a_cpu_that_has_what_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under emulation /proc/cpuinfo speaks of the host."""
+    monkeypatch.setattr(Path, "read_text", lambda *_: "flags\t\t: fpu avx2 avx_vnni gfni")
+    monkeypatch.setattr(backends, "cpu_features", lambda: {"AVX2", "VAES", "GFNI"})
+    assert not backends.cpu_lacks("int8")
+    monkeypatch.setattr(backends, "cpu_features", lambda: {"AVX2"})
+    assert backends.cpu_lacks("int8")
+
+
+_LIMITED = """
+import sys, warnings
+import numpy as np
+from msa2net.runtimes import Predictor, backends
+warnings.simplefilter("ignore")
+backends._NEEDS["int8"] = (set(), "")  # as if it were not refused
+backends._NEEDS["bf16"] = ({"none"}, "an older CPU")
+logits = []
+for named in backends.INT8:
+    with Predictor.load(sys.argv[1], runtime="openvino", precision=named, cache=False, threads=1) as predictor:
+        logits.append(predictor.predict(np.load(sys.argv[2])).logits)
+np.save(sys.argv[3], logits)
+"""
+
+
+def test_the_golden_frame_of_blocks_shows_that_an_older_cpu_cuts_sums_off(bundle: Path, tmp_path: Path) -> None:
+    """OpenVINO's kernels, held to AVX2: int8 differs there, in silence, and int8-portable does not."""
+    frame = bundle / json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))["golden"][-1]["frame"]
+    found = []
+    for limit in ("", "AVX2"):
+        environment = os.environ | ({"ONEDNN_MAX_CPU_ISA": limit} if limit else {})
+        command = [sys.executable, "-c", _LIMITED, str(bundle), str(frame), str(tmp_path / f"logits{limit}.npy")]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        found.append(np.load(tmp_path / f"logits{limit}.npy"))
+    int8, portable = np.abs(found[0] - found[1]).max((1, 2, 3))
+    assert int8 > 0.02
+    assert portable < int8 / 5
+
+
+# What is not shipped ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_that_is_not_faster_is_withheld_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pipeline, "ratio", lambda *_: [0.98, 1.01, 1.04])
+    options: dict[str, Any] = {"runtimes": ("onnxruntime",), "progress": False, "allow_accuracy_loss": True}
+    made = export_bundle(DEMO, tmp_path / "demo.bundle", precisions=("fp32", "int8"), **options)
+    assert [each.name for each in Bundle(made).manifest.artifacts] == ["onnxruntime fp32"]
+    assert not (made / "onnx/model-int8.onnx").exists()
+    last = Predictor.available(made)[-1]
+    assert not last.available
+    assert last.reason.startswith("not shipped, it takes 1.01 times fp32's time on ")
+    with pytest.raises(ExportError, match=r"1.01 times fp32's time .* Add fp32, or give --allow-slower"):
+        export_bundle(DEMO, tmp_path / "none.bundle", precisions=("int8",), **options)
+    assert not (tmp_path / "none.bundle").exists()
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def images(folder: Path, count: int, constant: int | None = None) -> str:
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
+        Image.fromarray(np.full_like(pixels, 7) if i == constant else pixels).save(folder / f"{i:02d}.png")
+    return f"images:{folder}"
+
+
+def test_too_few_calibration_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--calibration: 15 images, expected at least 16"):
+        calibration.frames(images(tmp_path / "few", 15), ("a", "b"), 3)
+
+
+def test_a_calibration_image_of_one_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="has the one value 7, expected something to see"):
+        calibration.frames(images(tmp_path / "same", 16, constant=3), ("a", "b"), 3)
+
+
+def test_images_of_another_kind_than_the_judged_ones_are_warned_of() -> None:
+    model = load_model(read_checkpoint(DEMO))
+    contract = Bundle(DEMO_BUNDLE).manifest.input
+    ours = calibration.tensors(calibration.frames(None, (), 3, 32), contract)
+    assert calibration.compare(model, ours[:16], ours[16:]) < calibration.MOST_APART
+    dermoscopy, ultrasound = ours[::2], ours[1::2]
+    with pytest.warns(calibration.CalibrationWarning, match=r"differ by a factor of 1\.1\d, .* are both of one kind"):
+        calibration.compare(model, dermoscopy, ultrasound)
+
+
+def test_a_place_that_does_not_exist_is_refused_with_the_nearest() -> None:
+    places = ("stages.0.blocks.0.conv.se.fc1", "stem.conv1")
+    assert precision.named(places, ["stem", "stages.0"]) == ("stem.conv1", "stages.0.blocks.0.conv.se.fc1")
+    with pytest.raises(
+        ExportError, match=r"--keep: no place is called 'stem.conv2', the nearest are stem.conv1, stages"
+    ):
+        precision.named(places, ["stem.conv2"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cancelled_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cancelled(*_: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(precision, "rank", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(DEMO, tmp_path / "demo.bundle", runtimes=("onnxruntime",), precisions=("int8",), progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The fine-tune ---------------------------------------------------------------------------------------------------
+
+
+def test_rounding_keeps_to_the_grid_and_lets_the_gradient_pass() -> None:
+    weight = torch.randn(5, 3, 2, 2, requires_grad=True)
+    rounded = fakequant.rounded_weight(weight)
+    steps = rounded / (weight.abs().amax((1, 2, 3), keepdim=True) / 63)
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert (rounded - weight).abs().max() <= weight.abs().max() / 126 + 1e-6
+    rounded.sum().backward()
+    assert weight.grad is not None
+    assert (weight.grad == 1).float().mean() > 0.9
+    x = torch.rand(4, 7) * 3 + 1  # the grid holds 0, too
+    assert (fakequant.rounded_activation(x) - x).abs().max() <= 4 / 255 / 2 + 1e-6
+    assert len(fakequant.rounded_activation(torch.randn(10_000)).unique()) <= 256
+
+
+def test_a_network_that_rounds_keeps_its_parameters_names_and_comes_near_its_fp32_self() -> None:
+    plain, rounding = (load_model(read_checkpoint(DEMO)) for _ in range(2))
+    fakequant.simulate_int8(rounding)
+    assert rounding.state_dict().keys() == plain.state_dict().keys()
+    frame = Bundle(DEMO_BUNDLE).manifest
+    x = torch.from_numpy(calibration.tensors(parity.phantom_cases(False, 1), frame.input)[0])
+    with torch.inference_mode():
+        a, b = plain(x), rounding(x)
+    assert not torch.equal(a, b)
+    assert (a.argmax(1) == b.argmax(1)).float().mean() > 0.99
