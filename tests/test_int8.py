@@ -199,9 +199,8 @@ def test_the_golden_frame_of_blocks_shows_that_an_older_cpu_cuts_sums_off(bundle
         command = [sys.executable, "-c", _LIMITED, str(bundle), str(frame), str(tmp_path / f"logits{limit}.npy")]
         subprocess.run(command, env=environment, check=True, capture_output=True)
         found.append(np.load(tmp_path / f"logits{limit}.npy"))
-    int8, portable = np.abs(found[0] - found[1]).max((1, 2, 3))
-    assert int8 > 0.02
-    assert portable < int8 / 5
+    int8, portable = np.sqrt(np.square(found[0] - found[1]).mean((1, 2, 3)))
+    assert int8 > 4 * portable  # which is not 0: sums in fp32 between the products are rounded in another order
 
 
 # What is not shipped ---------------------------------------------------------------------------------------------

@@ -703,3 +703,28 @@ def test_mixed_precision_trains_as_float32_does(tmp_path: Path) -> None:
         losses[mixed] = [training.advance(*training.batch(held)) for _ in range(12)]
     assert np.allclose(losses[True], losses[False], rtol=0.05)
     assert np.mean(losses[True][-3:]) < np.mean(losses[True][:3])
+
+
+def test_a_fine_tune_for_int8_keeps_batch_norms_statistics_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    demo = Path(train.__file__).with_name("demo.safetensors")
+    command = [
+        *("--data", "phantoms:4@0", "--validation", "phantoms:2@900000", "--start", str(demo), "--int8"),
+        *("--steps", "2", "--every", "1", "--batch", "4", "--rate", "1e-5", "--device", "cpu"),
+    ]
+    assert train.main([*command, "--output", str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*command, "--output", str(tmp_path / "parts")])
+    assert train.main([*command, "--output", str(tmp_path / "parts")]) == 0
+    before, whole, parts = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True)["model"]
+        if name
+        else load_model(read_checkpoint(demo)).state_dict()
+        for name in ("", "whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    statistics = [key for key in before if "running_" in key]
+    assert statistics
+    assert all(torch.equal(whole[key], before[key]) for key in statistics)
+    assert not torch.equal(whole["decoder_0.x1_linear.weight"], before["decoder_0.x1_linear.weight"])

@@ -135,7 +135,7 @@ def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> Runt
         f"runtime {runtime!r}",
         f"this CPU cannot run {precision}, it has no {missing}",
         "expected a CPU that computes in it",
-        "Use the artifact in fp32.",
+        "Use the artifact in int8-portable or fp32." if precision == "int8" else "Use the artifact in fp32.",
     )
 
 
