@@ -138,11 +138,12 @@ def _run(infer: Infer, inputs: Tensors) -> list[Logits]:
 
 
 def _import_nncf() -> Any:
-    """The package, without the telemetry client that it would report its use with."""
+    """The package, imported without the telemetry client that it would report its use with."""
+    if "nncf" in sys.modules:
+        return sys.modules["nncf"]
     client = "openvino_telemetry"
     before = sys.modules.get(client)
-    if "nncf" not in sys.modules:
-        sys.modules[client] = None  # type: ignore[assignment]
+    sys.modules[client] = None  # type: ignore[assignment]
     try:
         import nncf
     except ImportError as error:
@@ -150,10 +151,9 @@ def _import_nncf() -> Any:
             "int8 for openvino", f"needs the package {error.name}", "", "pip install 'msa2net-edge[export]'"
         ) from error
     finally:
-        if sys.modules.get(client) is None:
-            del sys.modules[client]
-            if before:
-                sys.modules[client] = before
+        del sys.modules[client]
+        if before:
+            sys.modules[client] = before
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
 

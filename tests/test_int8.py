@@ -299,3 +299,11 @@ def test_a_network_that_rounds_keeps_its_parameters_names_and_comes_near_its_fp3
         a, b = plain(x), rounding(x)
     assert not torch.equal(a, b)
     assert (a.argmax(1) == b.argmax(1)).float().mean() > 0.99
+
+
+def test_nothing_is_reported_over_the_network() -> None:
+    """NNCF's telemetry falls back to a stub where its client cannot be imported."""
+    script = "from msa2net.export import quantize; quantize._import_nncf(); quantize._import_nncf(); "
+    script += "import nncf.telemetry.wrapper as wrapper; print(isinstance(wrapper.telemetry, wrapper.NNCFTelemetry))"
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert found.stdout.split()[-1] == "False"
