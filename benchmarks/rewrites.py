@@ -36,7 +36,7 @@ from msa2net.export import onnx_file, openvino_ir
 from msa2net.export.parity import logit_limit
 from msa2net.runtimes.backends import backend_class, default_threads
 from msa2net.runtimes.bundle import Bundle
-from msa2net.runtimes.measure import interleaved, ratio, timed
+from msa2net.runtimes.measure import milliseconds, ratio
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 RUNTIMES = ("onnxruntime", "openvino", "pytorch")
@@ -78,14 +78,6 @@ def _eager(model: torch.nn.Module, image: torch.Tensor) -> Any:
         return model(image).contiguous().numpy()
 
 
-def compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call in interleaved rounds, the first two rounds left out."""
-    samples = interleaved(
-        {name: partial(timed, call) for name, call in calls.items()}, range(rounds + 2), pause=PAUSE_SECONDS
-    )
-    return {name: values[2:] for name, values in samples.items()}
-
-
 def measure(model: MSA2Net, runtimes: Iterable[str], threads: int, rounds: int) -> dict[str, Any]:
     """The figures of every runtime and rewrite, and the rewrites that each runtime gets."""
     result: dict[str, Any] = {
@@ -103,17 +95,17 @@ def measure(model: MSA2Net, runtimes: Iterable[str], threads: int, rounds: int) 
             table = {}
             for name in names:
                 alone = load(runtime, model, [name], threads)
-                figures = compare({"with": alone, "without": none}, rounds)
+                figures = milliseconds({"with": alone, "without": none}, rounds, PAUSE_SECONDS)
                 one_only = ratio(figures["with"], figures["without"])
                 bar.update()
                 rest = load(runtime, model, [each for each in names if each != name], threads)
-                figures = compare({"with": every, "without": rest}, rounds)
+                figures = milliseconds({"with": every, "without": rest}, rounds, PAUSE_SECONDS)
                 table[name] = {"one_only": one_only, "leave_one_out": ratio(figures["with"], figures["without"])}
                 bar.update()
             chosen = [name for name in names if table[name]["leave_one_out"][0] <= 1]
             floor = machine.floor_calls(threads)
             calls = {"none": none, "all": every, "chosen": load(runtime, model, chosen, threads)}
-            samples = compare(calls | floor, max(rounds, 30))
+            samples = milliseconds(calls | floor, max(rounds, 30), PAUSE_SECONDS)
             product = min(float(np.median(samples[name])) for name in floor)
             result["runtimes"][runtime] = {
                 "rewrites": table,

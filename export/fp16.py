@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from msa2net.errors import ExportError
+from msa2net.export import onnx_file
 from msa2net.export.precision import Infer, place_of
 
 LARGEST, SMALLEST = 65504.0, 2.0**-24
@@ -48,10 +48,10 @@ class Fp16:
         self.kept_nodes |= {node.name for node in self._source.graph.node if node.op_type in _NO_KERNEL}
 
     def reference(self) -> Infer:
-        return _session(self._source)
+        return onnx_file.runner(self._source)
 
     def infer(self, kept: Collection[str]) -> Infer:
-        return _session(emulated(self._converted(kept)))
+        return onnx_file.runner(emulated(self._converted(kept)))
 
     def write(self, kept: Collection[str]) -> tuple[str, ...]:
         model = self._converted(kept)
@@ -77,7 +77,7 @@ class Fp16:
 
 def emulation(file: Path) -> Infer:
     """Runs an ONNX file in fp16 as a device does that computes in it."""
-    return _session(emulated(onnx.load(file)))
+    return onnx_file.runner(emulated(onnx.load(file)))
 
 
 def ranges(model: ModelProto, tensors: Sequence[NDArray[np.float32]]) -> dict[str, tuple[float, float]]:
@@ -91,7 +91,7 @@ def ranges(model: ModelProto, tensors: Sequence[NDArray[np.float32]]) -> dict[st
         probed.graph.node.append(helper.make_node("Abs", [name], [f"abs {index}"]))
         probed.graph.node.append(helper.make_node("ReduceMax", [f"abs {index}"], [f"largest {index}"], keepdims=0))
         probed.graph.output.append(helper.make_tensor_value_info(f"largest {index}", FLOAT, []))
-    session = _open(probed)
+    session = onnx_file.session(probed)
     found: dict[str, tuple[float, float]] = {}
     image, wanted = session.get_inputs()[0].name, [f"largest {index}" for index in range(len(names))]
     for tensor in tensors:
@@ -236,20 +236,3 @@ def _shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
         kind = value.type.tensor_type
         found[value.name] = (kind.elem_type, tuple(side.dim_value for side in kind.shape.dim))
     return found
-
-
-def _open(model: ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _session(model: ModelProto) -> Infer:
-    session = _open(model)
-    name = session.get_inputs()[0].name
-
-    def infer(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run(None, {name: x})[0]
-        return logits
-
-    return infer

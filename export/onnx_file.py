@@ -8,11 +8,13 @@ import warnings
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import torch
 
 from msa2net.core.config import IMAGE_SIZE
 from msa2net.core.network import MSA2Net
 from msa2net.errors import ExportError
+from msa2net.export.precision import Infer, Logits
 
 OPSET, IR_VERSION = 20, 10
 
@@ -80,6 +82,9 @@ def strip(proto: onnx.ModelProto) -> None:
     for item in [*graph.node, *graph.initializer, *graph.input, *graph.output]:
         item.doc_string = ""
         del item.metadata_props[:]
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.DEFAULT:
+            tensor.ClearField("data_location")  # that the weights are inside goes without saying
 
 
 def check(proto: onnx.ModelProto) -> None:
@@ -93,3 +98,23 @@ def check(proto: onnx.ModelProto) -> None:
             f"expected opset {OPSET} alone, no functions, weights inside",
             "This torch version exports differently: report it.",
         )
+
+
+def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on one thread: the same model and image give the same bits on every machine of a kind."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def runner(proto: onnx.ModelProto) -> Infer:
+    """The model as a function of an image (1, C, h, w) float32."""
+    opened = session(proto)
+    name = opened.get_inputs()[0].name
+
+    def infer(x: Logits) -> Logits:
+        logits: Logits = opened.run(None, {name: x})[0]
+        return logits
+
+    return infer

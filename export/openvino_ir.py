@@ -85,13 +85,16 @@ class Bf16:
         return self._target, self._files[1]
 
     def _compiled(self, xml: str, precision: openvino.Type) -> Infer:
-        core = openvino.Core()
-        config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
-        model = core.read_model(self._folder / xml, self._folder / self._files[1])
-        request = core.compile_model(model, "CPU", config).create_infer_request()
+        return runner(openvino.Core().read_model(self._folder / xml, self._folder / self._files[1]), precision)
 
-        def infer(x: NDArray[np.float32]) -> Logits:
-            logits: Logits = next(iter(request.infer([x]).values())).copy()
-            return logits
 
-        return infer
+def runner(model: openvino.Model, precision: openvino.Type) -> Infer:
+    """The model on the CPU, on one thread, as a function of an image (1, C, h, w) float32."""
+    config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": 1}
+    request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+
+    def infer(x: NDArray[np.float32]) -> Logits:
+        logits: Logits = next(iter(request.infer([x]).values())).copy()
+        return logits
+
+    return infer

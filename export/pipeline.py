@@ -40,7 +40,7 @@ from msa2net.runtimes.bundle import (
     parse_speed,
 )
 from msa2net.runtimes.cache import processor_name
-from msa2net.runtimes.measure import interleaved, ratio, timed
+from msa2net.runtimes.measure import milliseconds, ratio
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -366,15 +366,15 @@ def _lower(
     lowering = _lowering(folder, runtime, named, tensors, tick)
     int8 = named in INT8
     forced = precision.named(lowering.places, keep) if int8 else ()
-    # A place in int8 takes seconds and there are many, so two are measured at a time.
-    if int8 and runtime in rankings:
+    if lowering.places and len(forced) == len(lowering.places):
+        raise ExportError("--keep", "names every place", "expected some left for int8", "Name fewer, or export fp32.")
+    if not int8:
+        scan = precision.rank(lowering, tensors, tick)
+    elif runtime in rankings:
         scan = rankings[runtime] | {"ranked_as": INT8[0]}  # a bit of the weights changes little in the order
-    else:
-        scan = precision.rank(
-            lowering, tensors[:_RANKED_ON] if int8 else tensors, tick, default_threads() if int8 else 1
-        )
-    if int8:
-        rankings.setdefault(runtime, dict(scan))
+    else:  # a place takes seconds and there are many, so one is measured on each core
+        rankings[runtime] = precision.rank(lowering, tensors[:_RANKED_ON], tick, default_threads())
+        scan = dict(rankings[runtime])
     if isinstance(lowering, fp16.Fp16):
         scan["ranges"] = lowering.found()
     if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):
@@ -438,8 +438,8 @@ def _race(
         for key, (files, kind, rest) in runners.items():
             backend = backend_class(runtime)(files, manifest, "CPU", kind, threads, None, rest)
             stack.callback(backend.close)
-            calls[key] = partial(timed, partial(backend.infer, image))
-        samples = {key: values[2:] for key, values in interleaved(calls, range(_ROUNDS + 2), pause=_PAUSE).items()}
+            calls[key] = partial(backend.infer, image)
+        samples = milliseconds(calls, _ROUNDS, _PAUSE)
     best = named
     if both and ratio(samples[f"{named} beside bf16"], samples[named])[2] < 1:
         before = {key: entry[key] for key in ("parity", "tolerance")}

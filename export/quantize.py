@@ -26,8 +26,7 @@ import openvino
 from numpy.typing import NDArray
 
 from msa2net.errors import ExportError
-from msa2net.export import onnx_file
-from msa2net.export.openvino_ir import number_unnamed
+from msa2net.export import onnx_file, openvino_ir
 from msa2net.export.precision import Infer, Logits, boundary_error, place_of
 
 Tensors = Sequence[NDArray[np.float32]]
@@ -45,12 +44,15 @@ def fine_place(node: str) -> str:
     return f"{place}/{what.rpartition('_')[0] or what}" if what.startswith("matmul") else place
 
 
-class OpenVinoInt8:
-    """See `msa2net.export.precision.Lowering`.
+class _Int8:
+    """See `msa2net.export.precision.Lowering`; `methods` is the error of each range method, of which the best is used.
 
-    files      the fp32 IR's `.xml` and `.bin`, and `target`, the int8 one's `.xml`: paths below `folder`
+    files      of the fp32 artifact, and `target`, the int8 one's first: paths below `folder`
     inputs     (1, C, h, w) float32, from which ranges are taken, and `held`, on which methods are compared
+    narrow     weights of 7 bits
     """
+
+    places: tuple[str, ...]
 
     def __init__(
         self,
@@ -62,30 +64,58 @@ class OpenVinoInt8:
         narrow: bool,
         tick: Callable[[str], object] = len,
     ) -> None:
-        self._folder, self._target = folder, target
-        self._core = openvino.Core()
-        self._fp32 = self._core.read_model(folder / files[0], folder / files[1])
-        self._plain = {node.get_friendly_name(): node for node in self._fp32.get_ops()}
+        self._folder, self._target, self._narrow = folder, target, narrow
+        self._read([folder / file for file in files])
         expected = _run(self.reference(), held)
         found = {}
-        for method in NNCF_METHODS:
-            tick(f"ranges by {method}")
-            found[method] = _nncf(self._fp32.clone(), inputs, method, narrow)
-        self.methods = {
-            method: boundary_error(expected, _run(self._compiled(model), held)) for method, model in found.items()
-        }
-        self._quantized = found[min(self.methods, key=self.methods.__getitem__)]
-        self.places = tuple(sorted({place for places, *_ in self._quantizers(self._quantized) for place in places}))
+        self.methods: dict[str, float] = {}
+        for method, quantization in self._quantizations(inputs, tick):
+            found[method] = self._quantization = quantization
+            self.methods[method] = boundary_error(expected, _run(self.infer(()), held))
+        self._quantization = found[min(self.methods, key=self.methods.__getitem__)]
+        self.places = self._places()
+
+    def _read(self, files: Sequence[Path]) -> None:
+        raise NotImplementedError
+
+    def _quantizations(self, inputs: Tensors, tick: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
+        """By range method, what `infer` and `write` need of it."""
+        raise NotImplementedError
+
+    def _places(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
     def reference(self) -> Infer:
-        return self._compiled(self._fp32)
+        raise NotImplementedError
 
     def infer(self, kept: Collection[str]) -> Infer:
-        return self._compiled(self._stripped(kept))
+        raise NotImplementedError
+
+
+class OpenVinoInt8(_Int8):
+    """`files` and `target` name an IR; a quantization is the model with FakeQuantize nodes."""
+
+    def _read(self, files: Sequence[Path]) -> None:
+        self._fp32 = openvino.Core().read_model(*files)
+        self._plain = {node.get_friendly_name(): node for node in self._fp32.get_ops()}
+
+    def _quantizations(self, inputs: Tensors, tick: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
+        for method in NNCF_METHODS:
+            tick(f"ranges by {method}")
+            yield method, _nncf(self._fp32.clone(), inputs, method, self._narrow)
+
+    def _places(self) -> tuple[str, ...]:
+        return tuple(sorted({place for places, *_ in self._quantizers(self._quantization) for place in places}))
+
+    def reference(self) -> Infer:
+        return openvino_ir.runner(self._fp32, openvino.Type.f32)
+
+    def infer(self, kept: Collection[str]) -> Infer:
+        return openvino_ir.runner(self._stripped(kept), openvino.Type.f32)
 
     def write(self, kept: Collection[str]) -> tuple[str, ...]:
         model = self._stripped(kept)
-        number_unnamed(model)
+        openvino_ir.number_unnamed(model)
         openvino.save_model(model, self._folder / self._target, compress_to_fp16=False)
         return self._target, str(Path(self._target).with_suffix(".bin"))
 
@@ -103,7 +133,7 @@ class OpenVinoInt8:
                         yield {fine_place(node.get_friendly_name())}, port, weights
 
     def _stripped(self, kept: Collection[str]) -> Any:
-        model = self._quantized.clone()
+        model = self._quantization.clone()
         for places, port, source in list(self._quantizers(model)):
             if not places <= set(kept):
                 continue
@@ -113,16 +143,6 @@ class OpenVinoInt8:
                 source = weights.output(0)
             port.replace_source_output(source)
         return model
-
-    def _compiled(self, model: Any) -> Infer:
-        config = {"INFERENCE_PRECISION_HINT": openvino.Type.f32, "INFERENCE_NUM_THREADS": 1}
-        request = self._core.compile_model(model, "CPU", config).create_infer_request()
-
-        def infer(x: NDArray[np.float32]) -> Logits:
-            logits: Logits = next(iter(request.infer([x]).values())).copy()
-            return logits
-
-        return infer
 
 
 def _readers(port: Any) -> set[str]:
@@ -183,55 +203,40 @@ def _nncf(model: Any, inputs: Tensors, method: str, narrow: bool) -> Any:
         )
 
 
-ORT_METHODS = ("mean of extremes", "extremes", "quantile")
 _TAIL = 1e-5  # of a tensor's values at either end, that the method "quantile" leaves out
 _QUANTIZED = ("Conv", "Gemm", "MatMul")
 
 
-class OnnxInt8:
-    """See `msa2net.export.precision.Lowering` and `OpenVinoInt8`; `files` and `target` name one ONNX file each."""
+class OnnxInt8(_Int8):
+    """`files` and `target` name one ONNX file each; a quantization is the range of every tensor."""
 
-    def __init__(
-        self,
-        folder: Path,
-        files: Sequence[str],
-        target: str,
-        inputs: Tensors,
-        held: Tensors,
-        narrow: bool,
-        tick: Callable[[str], object] = len,
-    ) -> None:
-        self._folder, self._target, self._narrow = folder, target, narrow
-        self._fp32 = _fused(folder / files[0])
-        nodes = self._fp32.graph.node
+    def _read(self, files: Sequence[Path]) -> None:
+        self._fp32 = _fused(files[0])
         weights = {tensor.name for tensor in self._fp32.graph.initializer}
         self._nodes = {
             node.name: fine_place(node.name)
-            for node in nodes
+            for node in self._fp32.graph.node
             if node.op_type in _QUANTIZED and node.input[1] in weights
         }
-        self.places = tuple(sorted(set(self._nodes.values())))
+
+    def _quantizations(self, inputs: Tensors, tick: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
         tick("ranges")
-        ranges = _ranges(self._fp32, self._nodes, inputs)
-        expected = _run(self.reference(), held)
-        self.methods = {}
-        for method in ORT_METHODS:
+        for method, ranges in _ranges(self._fp32, self._nodes, inputs).items():
             tick(f"ranges by {method}")
-            self._ranges = ranges[method]
-            self.methods[method] = boundary_error(expected, _run(self.infer(()), held))
-        self._ranges = ranges[min(self.methods, key=self.methods.__getitem__)]
+            yield method, ranges
+
+    def _places(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self._nodes.values())))
 
     def reference(self) -> Infer:
-        return _session(self._fp32)
+        return onnx_file.runner(self._fp32)
 
     def infer(self, kept: Collection[str]) -> Infer:
-        return _session(self._with_quantizers(kept))
+        return onnx_file.runner(self._with_quantizers(kept))
 
     def write(self, kept: Collection[str]) -> tuple[str, ...]:
         model = self._with_quantizers(kept)
         onnx_file.strip(model)
-        for tensor in model.graph.initializer:
-            tensor.ClearField("data_location")  # it says that the weights are inside, which goes without saying
         onnx_file.check(model)
         (self._folder / self._target).write_bytes(model.SerializeToString(deterministic=True))
         return (self._target,)
@@ -252,7 +257,7 @@ class OnnxInt8:
             reduce_range=self._narrow,
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8,
-            tensors_range=TensorsData(CalibrationMethod.MinMax, self._ranges),
+            tensors_range=TensorsData(CalibrationMethod.MinMax, self._quantization),
             nodes_to_quantize=chosen,
             nodes_to_exclude=[],
             op_types_to_quantize=list(_QUANTIZED),
@@ -294,7 +299,7 @@ def _ranges(
     probed.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in given
     )
-    session = _open(probed)
+    session = onnx_file.session(probed)
     image = session.get_inputs()[0].name
     found = np.zeros((2, 2, len(inputs), len(names)), np.float32)  # extremes or quantiles, low or high, input, tensor
     for i, tensor in enumerate(inputs):
@@ -315,21 +320,3 @@ def _ranges(
         method: {name: (a.reshape(1), b.reshape(1)) for name, a, b in zip(names, *both, strict=True)}
         for method, both in by_method.items()
     }
-
-
-def _open(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _session(model: onnx.ModelProto) -> Infer:
-    session = _open(model)
-    name = session.get_inputs()[0].name
-
-    def infer(x: NDArray[np.float32]) -> Logits:
-        logits: Logits = session.run(None, {name: x})[0]
-        return logits
-
-    return infer

@@ -115,7 +115,6 @@ class Artifact:
 
     rest         of int8: the precision of what is not in int8, where the CPU has it, else fp32
     speed        of int8, else None
-
     accuracy     the verdict of its check against fp32 at export, one of `VERDICTS`
     shortfalls   what keeps it from a better one, with figures
     parity       the whole evidence, for people

@@ -262,6 +262,21 @@ def test_a_place_that_does_not_exist_is_refused_with_the_nearest() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_keeping_every_place_is_refused(tmp_path: Path) -> None:
+    everything = ["stem", "stages", *(f"decoder_{i}" for i in range(4))]
+    with pytest.raises(ExportError, match="--keep: names every place, expected some left for int8"):
+        export_bundle(
+            DEMO,
+            tmp_path / "demo.bundle",
+            runtimes=("onnxruntime",),
+            precisions=("int8",),
+            keep=everything,
+            progress=False,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_cancelled_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def cancelled(*_: Any) -> dict[str, Any]:
         raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import msa2net.runtimes.backends as backends
 from msa2net.errors import ExportError, RuntimeUnavailableError
-from msa2net.export import export_bundle, fp16, openvino_ir, parity, pipeline, precision
+from msa2net.export import export_bundle, fp16, onnx_file, openvino_ir, parity, pipeline, precision
 from msa2net.runtimes import Predictor
 from msa2net.runtimes.bundle import MANIFEST
 from msa2net.runtimes.predictor import DEMO_BUNDLE
@@ -143,7 +143,7 @@ def network(*nodes: onnx.NodeProto, outcome: tuple[int, ...] = (1, 4), **constan
 
 def run(model: ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
     onnx.checker.check_model(model, full_check=True)
-    return fp16._session(model)(x)
+    return onnx_file.runner(model)(x)
 
 
 def types(model: ModelProto) -> dict[str, int]:
