@@ -36,9 +36,12 @@ def rounded_activation(x: Tensor) -> Tensor:
 
 
 def simulate_int8(model: nn.Module) -> None:
-    """Makes every convolution and linear layer of the model round what it reads; its parameters keep their names."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+    """Makes every convolution and linear layer of the model round what it reads; its parameters keep their names.
+
+    Not those of the position tables: an artifact holds the tables themselves.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and ".rel_pos." not in name:
             module.forward = _forward(module)  # type: ignore[assignment, method-assign]
 
 

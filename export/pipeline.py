@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -380,35 +381,43 @@ def _lower(
     if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):
         scan["methods"], scan["forced"] = lowering.methods, list(forced)
 
-    def step(kept: Sequence[str]) -> dict[str, Any]:
-        files = [_file_entry(folder, relative) for relative in lowering.write(kept)]
-        entry["files"] = files
-        return {"files": files} | judged()
-
-    best: tuple[tuple[int, bool], dict[str, Any]] | None = None
+    worst = [row["place"] for row in scan["places"] if row["place"] not in forced]
+    tried: list[tuple[tuple[int, bool, int], dict[str, Any]]] = []  # `_order`, number kept
     scan["steps"] = []
-    for kept in precision.steps(scan["places"], forced):
-        if named != "bf16" and len(kept) == len(scan["places"]):
-            break  # that would be the fp32 artifact by another name
+
+    def good(count: int) -> bool:
+        kept = (*forced, *worst[:count])
         row: dict[str, Any] = {"kept": len(kept), "verdict": None, "ratio_bound": None, "pixel_agreement": None}
         scan["steps"].append(row)
+        entry["files"] = [_file_entry(folder, relative) for relative in lowering.write(kept)]
         try:
-            found = step(kept)
+            found = {"files": entry["files"]} | judged()
         except RuntimeUnavailableError as error:  # OpenVINO cannot compile every mix of marked and unmarked nodes
             row["reason"] = error.found
-            continue
+            return False
         row |= {key: found["parity"][key] for key in ("verdict", "ratio_bound", "pixel_agreement")}
-        order = VERDICTS.index(row["verdict"]), row["pixel_agreement"] < _LEAST_EQUAL
-        if best is None or order < best[0]:
-            best, scan["kept"] = (order, found), list(kept)
-        if order == (0, False) or row["verdict"] == "unjudged":  # without a judgement, more would be kept blindly
-            break
-    if best is None:
-        raise ExportError(
-            f"{runtime} {named}", f"cannot be run ({row['reason']})", "expected some mix that can", "Export fp32 alone."
-        )
-    entry |= best[1] if scan["kept"] == list(kept) else step(scan["kept"])  # the files are those of the last step
+        tried.append(((*_order(row), len(kept)), found))
+        # Without a judgement, more would be kept blindly.
+        return row["verdict"] == "unjudged" or _order(row) == _GOOD
+
+    # int8 or fp16 with every place kept would be the fp32 artifact by another name.
+    precision.fewest(max(0, len(worst) - (named != "bf16")), good)
+    if not tried:
+        reason = f"cannot be run ({scan['steps'][-1]['reason']})"
+        raise ExportError(f"{runtime} {named}", reason, "expected some mix that can", "Export fp32 alone.")
+    (*_, count), found = min(tried, key=itemgetter(0))
+    scan["kept"] = [*forced, *worst][:count]
+    lowering.write(scan["kept"])  # the files are those of the last step
+    entry |= found
     entry["precision_scan"] = scan
+
+
+_GOOD = (VERDICTS.index("high"), False)
+
+
+def _order(judgement: dict[str, Any]) -> tuple[int, bool]:
+    """Less is better: the verdict, and whether too few pixels are equal."""
+    return VERDICTS.index(judgement["verdict"]), judgement["pixel_agreement"] < _LEAST_EQUAL
 
 
 def _race(
@@ -421,8 +430,8 @@ def _race(
 ) -> None:
     """Times an int8 artifact beside what it is to beat, with the rest of its network in fp32 and, if it can, in bf16.
 
-    Keeps bf16 for the rest where it is faster and the verdict no worse. The portable artifact is for CPUs without bf16,
-    so it races fp32 alone, and its rest is in fp32.
+    Keeps bf16 for the rest where it is faster and the judgement no worse. The portable artifact is for CPUs without
+    bf16, so it races fp32 alone, and its rest is in fp32.
     """
     runtime, named = entry["runtime"], entry["precision"]
     bar.set_postfix_str(f"{runtime} {named}: speed")
@@ -446,7 +455,7 @@ def _race(
         entry["rest"] = "bf16"
         entry |= judged()
         entry["parity"] = {"data": before["parity"]["data"]} | entry["parity"]
-        if VERDICTS.index(entry["parity"]["verdict"]) > VERDICTS.index(before["parity"]["verdict"]):
+        if _order(entry["parity"]) > _order(before["parity"]):
             del entry["rest"]
             entry |= before
         else:

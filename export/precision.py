@@ -1,15 +1,15 @@
 """Lower precisions: which places of the network lose accuracy, measured one by one, and the few that stay in fp32.
 
 A place is a block of the network, `decoder_0.layer_lka_1`. It is measured inside the whole network: it alone is
-lowered, and the logits are held against those of fp32. The worst are then kept in fp32, more at each step, until the
-artifact's verdict is "high": what is judged is the whole artifact, the ranking only says in which order to try.
+lowered, and the logits are held against those of fp32. The worst are then kept in fp32, as few as make the artifact's
+verdict "high": what is judged is the whole artifact, the ranking only says in which order to try.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -122,11 +122,13 @@ def named(places: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def steps(places: Sequence[dict[str, Any]], forced: Sequence[str] = ()) -> Iterator[tuple[str, ...]]:
-    """What to keep, from nothing but `forced` over the 1, 2, 4, 8, … worst other places of a ranking to all of them."""
-    names = tuple(row["place"] for row in places if row["place"] not in forced)
-    count = 0
-    while count < len(names):
-        yield (*forced, *names[:count])
-        count = 2 * count or 1
-    yield (*forced, *names)
+def fewest(most: int, good: Callable[[int], bool]) -> None:
+    """Tries 0, 1, 2, 4, … up to `most` places until `good`, then numbers between the last two, to an eighth."""
+    low, high = -1, 0
+    while not good(high):
+        if high == most:
+            return
+        low, high = high, min(2 * high or 1, most)
+    while high - low > max(1, high // 8):
+        middle = (low + high) // 2
+        low, high = (low, middle) if good(middle) else (middle, high)
