@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ LOGIT_LIMIT, PIXEL_LIMIT = 1e-4, 0.9999
 # Of a lower precision's tolerance on the golden frames. Other CPUs round its sums in another order, and Arm's kernels
 # take them in fp16, where the judgement takes them in fp32: on an emulated Cortex-A76 that doubled the error.
 MARGIN = {"bf16": 2.0, "fp16": 4.0, "int8": 2.0, "int8-portable": 2.0}
+T = TypeVar("T")
 MAX_FRAMES, MAX_BYTES = 400, 2**30  # of the frames that are held in memory
 
 
@@ -77,37 +78,43 @@ def saturating_case() -> Case:
 
 
 def data_cases(dataset: Dataset, classes: int, limit: int = MAX_FRAMES) -> list[Case]:
-    """Frames of a data set, evenly spread over its cases: at most `limit`, and about a gigabyte.
+    """A `sample` of a data set's cases, and of each frames evenly spread: at most `limit`, and about a gigabyte.
 
     Raises DataError for one that cannot be read or has no pixels, and ExportError for labels beyond `classes`.
     """
-    chosen = [dataset.cases[i] for i in _spread(len(dataset.cases), limit)]
+    wanted = sample(range(len(dataset.cases)), limit)
+    share = max(1, limit // max(1, len(wanted)))
     found: list[Case] = []
-    step = 1  # every which of the chosen cases is kept: fewer, if they are large
-    for number, case in enumerate(chosen):
-        if number % step:
+    for number in tuple(wanted):
+        if number not in wanted:
             continue
+        case = dataset.cases[number]
         volume = case.read()
-        for i in _spread(len(volume.frames), max(1, limit // len(chosen))):
+        count = len(volume.frames)
+        for i in range(count) if count <= share else [i * count // share for i in range(share)]:
             truth = None if volume.labels is None else volume.labels[i]
             if truth is not None and truth.max(initial=0) >= classes:
                 raise ExportError(
                     case.name, f"has the label {truth.max()}", f"expected less than {classes}", "Is it another task's?"
                 )
             frame = preprocess.check_frame(volume.frames[i], volume.bits)
-            found.append(Case(case.frame_name(i, len(volume.frames)), frame, volume.bits, truth, case.name))
+            found.append(Case(case.frame_name(i, count), frame, volume.bits, truth, case.name))
         if sum(each.frame.nbytes for each in found) > MAX_BYTES:
-            step *= 2
-            kept = {each.name for each in chosen[::step]}
+            wanted = sample(wanted, len(wanted) // 2)
+            kept = {dataset.cases[i].name for i in wanted}
             found = [each for each in found if each.case in kept] or found[:1]
     if not found:
         raise DataError(f"--data {dataset.kind}", "no images", "expected some for the parity check", "Name others.")
     return found
 
 
-def _spread(count: int, limit: int) -> list[int]:
-    """`limit` of `count` indices, evenly spread; all if there are no more."""
-    return list(range(count)) if count <= limit else [i * count // limit for i in range(limit)]
+def sample(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, in their order, and always the same.
+
+    Not every n-th, for data often comes in turns: of two kinds in turn, every second is of one.
+    """
+    ranks = np.random.default_rng(0).permutation(len(items))
+    return [item for item, rank in zip(items, ranks, strict=True) if rank < count]
 
 
 def run_case(case: Case, manifest: Manifest, infer: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Result:

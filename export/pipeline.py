@@ -41,7 +41,7 @@ from msa2net.runtimes.bundle import (
     parse_speed,
 )
 from msa2net.runtimes.cache import processor_name
-from msa2net.runtimes.measure import milliseconds, ratio
+from msa2net.runtimes.measure import LEVELS, milliseconds, ratio
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -68,6 +68,7 @@ PRECISIONS_OF = {
 _LOWERED = {"openvino": "openvino/model-{}.xml", "onnxruntime": "onnx/model-{}.onnx"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
+_MOST_LOST = LEVELS["high"][1] / 2  # points of the worst image: other images than the judged ones lose more
 _ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
 _RANKED_ON = 4  # of the calibration images: there are five times as many places in int8 as in bf16
 
@@ -213,14 +214,12 @@ def export_bundle(
         golden_results = [parity.run_case(case, manifest, infer) for case in golden]
         _write_golden(folder, manifest, golden, golden_results)
         judge = parity.Judge(folder, cases, expected, golden, golden_results, Path(report) if report else None, bar)
-        scanned = cases[:: max(1, len(cases) // _SCAN_CASES)][:_SCAN_CASES]
-        images = calibration.tensors(scanned, manifest.input)
+        images = calibration.tensors(parity.sample(cases, _SCAN_CASES), manifest.input)
         inputs = calibration.tensors(calibrated_on, manifest.input)
         if int8:
             bar.set_postfix_str("calibration")
-            document["calibration"] = calibration.describe(
-                calibrate, inputs, model, calibration.tensors(cases[: calibration.COMPARED], manifest.input)
-            )
+            compared = calibration.tensors(parity.sample(cases, calibration.COMPARED), manifest.input)
+            document["calibration"] = calibration.describe(calibrate, inputs, model, compared)
         rankings: dict[str, dict[str, Any]] = {}  # of the runtimes, in int8
         for i, entry in enumerate(document["artifacts"]):
 
@@ -355,7 +354,7 @@ def _lower(
 ) -> None:
     """Ranks the places of the entry's network on a few inputs, and keeps as few of them as make the artifact good.
 
-    That is the verdict "high", and `_LEAST_EQUAL` of the pixels.
+    That is the verdict "high", and with a margin: `_LEAST_EQUAL` of the pixels, `_MOST_LOST` points of an image.
 
     If none of the steps is, the best of them is taken. Adds the ranking, the steps and the judgement to the entry.
     """
@@ -387,7 +386,7 @@ def _lower(
 
     def good(count: int) -> bool:
         kept = (*forced, *worst[:count])
-        row: dict[str, Any] = {"kept": len(kept), "verdict": None, "ratio_bound": None, "pixel_agreement": None}
+        row: dict[str, Any] = {"kept": len(kept), "verdict": None}
         scan["steps"].append(row)
         entry["files"] = [_file_entry(folder, relative) for relative in lowering.write(kept)]
         try:
@@ -395,10 +394,10 @@ def _lower(
         except RuntimeUnavailableError as error:  # OpenVINO cannot compile every mix of marked and unmarked nodes
             row["reason"] = error.found
             return False
-        row |= {key: found["parity"][key] for key in ("verdict", "ratio_bound", "pixel_agreement")}
-        tried.append(((*_order(row), len(kept)), found))
-        # Without a judgement, more would be kept blindly.
-        return row["verdict"] == "unjudged" or _order(row) == _GOOD
+        row |= {key: found["parity"][key] for key in ("verdict", "ratio_bound", "pixel_agreement", "largest_loss")}
+        order = _order(found["parity"])
+        tried.append(((*order, len(kept)), found))
+        return row["verdict"] == "unjudged" or order == _GOOD  # without a judgement, more would be kept blindly
 
     # int8 or fp16 with every place kept would be the fp32 artifact by another name.
     precision.fewest(max(0, len(worst) - (named != "bf16")), good)
@@ -416,8 +415,10 @@ _GOOD = (VERDICTS.index("high"), False)
 
 
 def _order(judgement: dict[str, Any]) -> tuple[int, bool]:
-    """Less is better: the verdict, and whether too few pixels are equal."""
-    return VERDICTS.index(judgement["verdict"]), judgement["pixel_agreement"] < _LEAST_EQUAL
+    """Less is better: the verdict, and whether what it does not ask for is missed: equal pixels, and a margin."""
+    lost = judgement["largest_loss"]["points"] or 0.0  # None if nothing could be judged
+    close = judgement["pixel_agreement"] < _LEAST_EQUAL or lost > _MOST_LOST
+    return VERDICTS.index(judgement["verdict"]), close
 
 
 def _race(

@@ -110,7 +110,8 @@ def test_kept_places_hold_no_quantizer_and_the_others_do(bundle: Path) -> None:
     for node in model.graph.node:
         if node.op_type in ("Conv", "Gemm") and "stages." in node.name:
             weights = made_by.get(node.input[1], "constant")
-            assert (weights == "DequantizeLinear") is ("stages.0." not in node.name), node.name
+            depthwise = any(each.name == "group" and each.i > 1 for each in node.attribute)  # faster in fp32 there
+            assert (weights == "DequantizeLinear") is ("stages.0." not in node.name and not depthwise), node.name
 
 
 def test_the_weights_are_a_quarter_and_those_of_the_portable_artifact_have_seven_bits(bundle: Path) -> None:
@@ -141,6 +142,23 @@ def test_the_same_images_give_the_same_file_and_all_kept_is_fp32(tmp_path: Path,
     expected = lowering.reference()(tensors[0])
     assert np.array_equal(lowering.infer(lowering.places)(tensors[0]), expected)
     assert not np.array_equal(lowering.infer(())(tensors[0]), expected)
+
+
+def test_the_range_of_least_squares_cuts_off_what_is_rare_and_holds_zero() -> None:
+    """Against every pair of ends on a coarse grid, with real rounding."""
+    values = np.concatenate([np.random.default_rng(0).standard_normal(100_000), [40.0, -60.0]])
+    counts = np.histogram(values, quantize._BINS, (-60, 40))[0]
+
+    def error(low: float, high: float) -> float:
+        step = (high - low) / 255
+        rounded = np.round(np.clip(values, low, high) / step) * step
+        return float(np.square(rounded - values).sum())
+
+    low, high = quantize.least_squares(-60, 40, counts)
+    coarse = min(error(-60 * a, 40 * b) for a in np.linspace(0.05, 1, 20) for b in np.linspace(0.05, 1, 20))
+    assert error(low, high) < 1.01 * coarse < 0.85 * error(-60, 40)
+    assert quantize.least_squares(2.0, 5.0, np.ones(64, np.int64))[0] == 0  # as the grid of every quantized tensor does
+    assert quantize.least_squares(0.0, 0.0, np.full(64, 7)) == (0.0, 0.0)
 
 
 # Which CPU -------------------------------------------------------------------------------------------------------
