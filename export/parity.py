@@ -91,7 +91,8 @@ def data_cases(dataset: Dataset, classes: int, limit: int = MAX_FRAMES) -> list[
         case = dataset.cases[number]
         volume = case.read()
         count = len(volume.frames)
-        for i in range(count) if count <= share else [i * count // share for i in range(share)]:
+        taken = min(count, share)
+        for i in (k * count // taken for k in range(taken)):
             truth = None if volume.labels is None else volume.labels[i]
             if truth is not None and truth.max(initial=0) >= classes:
                 raise ExportError(

@@ -406,7 +406,8 @@ def _lower(
         raise ExportError(f"{runtime} {named}", reason, "expected some mix that can", "Export fp32 alone.")
     (*_, count), found = min(tried, key=itemgetter(0))
     scan["kept"] = [*forced, *worst][:count]
-    lowering.write(scan["kept"])  # the files are those of the last step
+    if count != scan["steps"][-1]["kept"]:  # the files are those of the last step
+        lowering.write(scan["kept"])
     entry |= found
     entry["precision_scan"] = scan
 
@@ -415,7 +416,7 @@ _GOOD = (VERDICTS.index("high"), False)
 
 
 def _order(judgement: dict[str, Any]) -> tuple[int, bool]:
-    """Less is better: the verdict, and whether what it does not ask for is missed: equal pixels, and a margin."""
+    """Less is better: the verdict, then whether the pixels that are equal or the worst image miss the margin."""
     lost = judgement["largest_loss"]["points"] or 0.0  # None if nothing could be judged
     close = judgement["pixel_agreement"] < _LEAST_EQUAL or lost > _MOST_LOST
     return VERDICTS.index(judgement["verdict"]), close

@@ -321,12 +321,11 @@ def _ranges(
     counts = np.zeros((len(names), _BINS), np.int64)
     for _, j, flat in tensors():
         counts[j] += np.histogram(flat, _BINS, (spans[0, j], spans[1, j]))[0]
-    ends = [least_squares(low, high, count) for low, high, count in zip(*spans, counts, strict=True)]
-    fitted = np.array(ends, np.float32).T
+    fitted = [least_squares(a, b, count) for (a, b), count in zip(spans.T, counts, strict=True)]
     by_method = {
-        "mean of extremes": (low.mean(0), high.mean(0)),
-        "extremes": (spans[0], spans[1]),
-        "least squares": (fitted[0], fitted[1]),
+        "mean of extremes": np.stack([low.mean(0), high.mean(0)]),
+        "extremes": spans,
+        "least squares": np.array(fitted, np.float32).T,
     }
     return {
         method: {name: (a.reshape(1), b.reshape(1)) for name, a, b in zip(names, *both, strict=True)}

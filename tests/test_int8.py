@@ -19,6 +19,7 @@ from PIL import Image
 
 from msa2net.core import fakequant
 from msa2net.core.checkpoint import load_model, read_checkpoint
+from msa2net.core.maxvit import RelativePosition
 from msa2net.errors import ExportError, RuntimeUnavailableError
 from msa2net.export import calibration, export_bundle, parity, pipeline, precision, quantize
 from msa2net.runtimes import Predictor, backends
@@ -367,6 +368,9 @@ def test_a_network_that_rounds_keeps_its_parameters_names_and_comes_near_its_fp3
         a, b = plain(x), rounding(x)
     assert not torch.equal(a, b)
     assert (a.argmax(1) == b.argmax(1)).float().mean() > 0.99
+    tables = [[m() for m in model.modules() if isinstance(m, RelativePosition)] for model in (plain, rounding)]
+    assert tables[0]
+    assert all(map(torch.equal, *tables))  # as in an artifact, which holds them in fp32
 
 
 def test_nothing_is_reported_over_the_network() -> None:
