@@ -32,7 +32,7 @@ LOGIT_LIMIT, PIXEL_LIMIT = 1e-4, 0.9999
 # take them in fp16, where the judgement takes them in fp32: on an emulated Cortex-A76 that doubled the error.
 MARGIN = {"bf16": 2.0, "fp16": 4.0, "int8": 2.0, "int8-portable": 2.0}
 T = TypeVar("T")
-MAX_FRAMES, MAX_BYTES = 400, 2**30  # of the frames that are held in memory
+MAX_FRAMES, MAX_BYTES = 1000, 2**30  # of the frames that are held in memory
 
 
 @dataclass(frozen=True)

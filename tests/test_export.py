@@ -434,7 +434,7 @@ def test_at_most_the_limit_of_frames_is_taken_evenly_over_cases(
     assert sum(map(len, found.values())) <= limit
 
 
-def test_the_limit_is_400_frames_and_what_is_not_taken_is_not_read() -> None:
+def test_the_limit_is_1000_frames_and_what_is_not_taken_is_not_read() -> None:
     read: list[int] = []
 
     def case(number: int) -> Case:
@@ -444,10 +444,10 @@ def test_the_limit_is_400_frames_and_what_is_not_taken_is_not_read() -> None:
 
         return Case(f"image {number}", pixels)
 
-    cases = parity.data_cases(Dataset("images", ("background", "a"), tuple(map(case, range(1000)))), 2)
-    assert parity.MAX_FRAMES == len(cases) == len(read) == 400
+    cases = parity.data_cases(Dataset("images", ("background", "a"), tuple(map(case, range(2000)))), 2)
+    assert parity.MAX_FRAMES == len(cases) == len(read) == 1000
     assert read == sorted(set(read))
-    assert 180 < sum(number % 2 for number in read) < 220  # of two kinds in turn, as many of each
+    assert 450 < sum(number % 2 for number in read) < 550  # of two kinds in turn, as many of each
 
 
 def test_a_label_beyond_the_classes_is_refused_by_its_case() -> None:
