@@ -49,3 +49,7 @@ class ExportError(Msa2NetError):
 
 class DataError(Msa2NetError):
     """A data set whose layout or content is not as its kind promises."""
+
+
+class KernelError(Msa2NetError, ValueError):
+    """An argument that the gate's operator cannot take, or a kernel that cannot run here."""

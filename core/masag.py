@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from msa2net.core.kernels.operator import masag, select
+from msa2net.core.kernels.reference import collapse
+
 
 class LocalContext(nn.Module):
     """From x: a depthwise and a dilated 3 x 3 convolution, projected. (B, C, H, W) -> (B, C, H, W)."""
@@ -62,10 +65,13 @@ class MASAG(nn.Module):
 
     x   the encoder's skip map
     g   the decoder's map of the same shape
+
+    `kernel` is what computes it, see `kernel_for`: "auto", "reference", "triton" or "cuda".
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         self.multi = MultiScaleFusion(channels)
         self.selection = nn.Conv2d(channels, 2, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
@@ -73,7 +79,21 @@ class MASAG(nn.Module):
         self.bn_2 = nn.BatchNorm2d(channels)
         self.conv_block = nn.Sequential(nn.Conv2d(channels, channels, 1))
 
+    def kernel_for(self, x: Tensor) -> str | None:
+        """What computes the gate of this map: "reference", "triton", "cuda", or None for the paper's steps below.
+
+        Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU and wherever no
+        kernel is faster than PyTorch. Raises KernelError for a kernel asked for by name that cannot run.
+        """
+        live = any(isinstance(each, nn.BatchNorm2d) and each.training for each in self.modules())
+        if live or torch.onnx.is_in_onnx_export():
+            return None
+        chosen = select(self.kernel, x)
+        return None if self.kernel == "auto" and chosen == "reference" else chosen
+
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
+        if (kernel := self.kernel_for(x)) is not None:
+            return masag(x, g, *collapse(self), kernel=kernel)
         # Fusion and selection: two weights per pixel that sum to 1.
         to_x, to_g = self.selection(self.multi(x, g)).softmax(1).chunk(2, dim=1)  # (B, 1, H, W) each
         x_selected = x * (1 + to_x)

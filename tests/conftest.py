@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from msa2net.runtimes.bundle import MANIFEST, SUMS
 from msa2net.runtimes.predictor import DEMO_BUNDLE
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels run on the CPU in its interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
