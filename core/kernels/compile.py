@@ -59,14 +59,17 @@ class Usage:
 
 def jobs(targets: Sequence[int], precisions: Sequence[str] = tuple(PRECISIONS)) -> Iterator[Job]:
     """Each configuration that a launch on the target may take, once for each kernel that the compiler makes of it."""
-    lists = (("_context_kernel", kernels.CONTEXT), ("_dilated_kernel", kernels.DILATED), ("_gate_kernel", kernels.GATE))
-    for target, (kernel, configs), precision in itertools.product(targets, lists, precisions):
-        if kernel == "_context_kernel" and precision == "tf32":
-            continue  # no product in it
-        dtype, tf32 = PRECISIONS[precision]
-        gate = kernel == "_gate_kernel"
-        for channels, norm in itertools.product(GATES if gate else GATES[:1], (False, True) if gate else (False,)):
-            for config in kernels.fitting(configs, channels, dtype, tf32, target):
+    for target, precision, channels in itertools.product(targets, precisions, GATES):
+        case = kernels.Case(channels, *PRECISIONS[precision], target)
+        tried: list[tuple[str, tuple[kernels.Config, ...], bool]] = [
+            ("_gate_kernel", kernels.gate_configs(case), norm) for norm in (False, True)
+        ]
+        if channels == GATES[0]:  # the others are the same for every width
+            tried.append(("_dilated_kernel", kernels.dilated_configs(case), False))
+            if precision != "tf32":  # it has no product
+                tried.append(("_context_kernel", kernels.CONTEXT, False))
+        for kernel, configs, norm in tried:
+            for config in configs:
                 yield Job(
                     kernel=kernel, config=config, channels=channels, precision=precision, norm=norm, target=target
                 )
@@ -89,12 +92,18 @@ def compiled(job: Job) -> Usage:
         *(vector, vector, empty(3)),
         *(matrix, vector, matrix, vector),
     )
-    lists = {"_context_kernel": kernels.CONTEXT, "_dilated_kernel": kernels.DILATED, "_gate_kernel": kernels.GATE}
-    configs = tuple(job.config if name == job.kernel else configs[0] for name, configs in lists.items())
+    context, dilated, gate = (
+        job.config if name == job.kernel else configs[0]
+        for name, configs in (
+            ("_context_kernel", kernels.CONTEXT),
+            ("_dilated_kernel", kernels.DILATED),
+            ("_gate_kernel", kernels.GATE[dtype.itemsize]),
+        )
+    )
     norm = (vector, vector) if job.norm else None
     (launch,) = (
         each
-        for each in kernels.launches(x, x, weights, norm, torch.empty_like(x), tf32, configs)
+        for each in kernels.launches(x, x, weights, norm, torch.empty_like(x), tf32, (context, dilated, gate))
         if each.kernel.__name__ == job.kernel
     )
     signature, constants, divisible = {}, dict(launch.constants), []
@@ -105,7 +114,7 @@ def compiled(job: Job) -> Usage:
             constants[name] = value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        # Every tensor comes from torch's allocator, which aligns; sizes and strides of the real gates are multiples too.
+        # Tensors come from torch's allocator, which aligns; sizes and strides of the real gates are multiples, too.
         if name in signature and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
             divisible.append(launch.kernel.arg_names.index(name))
     signature |= dict.fromkeys(constants, "constexpr")
@@ -115,8 +124,7 @@ def compiled(job: Job) -> Usage:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
-    options = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=kernels.options(job.config))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -144,9 +152,10 @@ def faults(job: Job, usage: Usage) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities without the dot")
+    parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
-    todo = list(jobs([int(each) for each in args.targets.split(",")]))
+    todo = list(jobs([int(each) for each in args.targets.split(",")], args.precisions.split(",")))
     wrong = 0
     most: dict[tuple[int, str], tuple[int, int]] = {}
     with ProcessPoolExecutor(args.workers) as pool:

@@ -3,8 +3,8 @@
     gate = masag(x, g, *weights)                      (B, C, H, W)
     next = masag(x, g, *weights, *norm)               LayerNorm(g + gate), channels-last
 
-On the CPU it is `reference`; on a GPU the Triton kernels, the CUDA library or `reference`, by `kernel`. torch.export and
-torch.compile see one node. Gradients are `reference.backward`'s, whichever kernel ran forward.
+On the CPU it is `reference`; on a GPU the Triton kernels or `reference`, by `kernel`. torch.export and torch.compile
+see one node. Gradients are `reference.backward`'s, whichever kernel ran forward.
 
 B batch, C channels, H W rows and columns.
 """
@@ -23,50 +23,46 @@ from msa2net.core.kernels import reference
 from msa2net.core.kernels.reference import EPS, GateWeights
 from msa2net.errors import KernelError
 
-KERNELS = ("auto", "reference", "triton", "cuda")
+KERNELS = ("auto", "reference", "triton")
 LEAST_CAPABILITY = (8, 0)  # bf16 and asynchronous copies
 _FUSED = {torch.float32, torch.float16, torch.bfloat16}
 _log = logging.getLogger(__name__)
 
 
-def why_not(kernel: str, x: Tensor) -> str | None:
-    """Why a fused kernel, "triton" or "cuda", cannot compute the gate of this map; None if it can."""
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot compute the gate of this map; None if they can."""
     if x.dtype not in _FUSED:
         return f"x is {x.dtype}, it computes in float32, float16 and bfloat16"
-    if kernel == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed: pip install 'msa2net-edge[triton]'"
-        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-    else:
-        from msa2net.core.kernels import cuda
-
-        if (reason := cuda.why_not()) is not None:
-            return reason
-    if not x.is_cuda:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install 'msa2net-edge[triton]'"
+    interpreted = not x.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
+    if not x.is_cuda and not interpreted:
         return f"x is on {x.device}, it computes on a CUDA device"
-    if (found := torch.cuda.get_device_capability(x.device)) < LEAST_CAPABILITY:
+    if not interpreted and (found := torch.cuda.get_device_capability(x.device)) < LEAST_CAPABILITY:
         return f"the GPU has compute capability {found[0]}.{found[1]}, it needs {LEAST_CAPABILITY[0]}.0"
+    from msa2net.core.kernels.triton import MOST_CHANNELS
+
+    if x.shape[1] > MOST_CHANNELS:
+        return f"x has {x.shape[1]} channels, it holds at most {MOST_CHANNELS}"
     return None
 
 
 def select(kernel: str, x: Tensor) -> str:
-    """The kernel that computes the gate of this map: "reference", "triton" or "cuda".
+    """The kernel that computes the gate of this map: "reference" or "triton".
 
-    "auto" takes the first of Triton, CUDA and the reference that can, the reference on a CPU, and logs why it passed
-    others over. Raises KernelError for a kernel asked for by name that cannot: it is never replaced by another.
+    "auto" takes Triton on a GPU if it can, and logs why if not, and the reference on a CPU. Raises KernelError for a
+    kernel asked for by name that cannot: it is never replaced by another.
     """
     if kernel not in KERNELS:
         raise KernelError("kernel", f"got {kernel!r}", f"expected one of {', '.join(KERNELS)}", "Choose one.")
     if kernel == "reference" or (kernel == "auto" and not x.is_cuda):
         return "reference"
-    for name in ("triton", "cuda") if kernel == "auto" else (kernel,):
-        reason = why_not(name, x)
-        if reason is None:
-            return name
-        if kernel != "auto":
-            raise KernelError(f"kernel {name!r}", reason, "", "Or let kernel='auto' choose.")
-        _log.info("kernel 'auto' passed %s over: %s", name, reason)
+    reason = why_not_triton(x)
+    if reason is None:
+        return "triton"
+    if kernel != "auto":
+        raise KernelError(f"kernel {kernel!r}", reason, "", "Or let kernel='auto' choose.")
+    _log.info("kernel 'auto' passed triton over: %s", reason)
     return "reference"
 
 
@@ -140,26 +136,21 @@ def masag(
     )
     norm = _pair(norm_weight, norm_bias)
     _check(x, g, weights, norm)
-    chosen = select(kernel, x)
-    if chosen == "triton":
+    if select(kernel, x) == "triton":
         from msa2net.core.kernels import triton
 
         return triton.forward(x, g, weights, norm, tf32=tf32)
-    if chosen == "cuda":
-        from msa2net.core.kernels import cuda
-
-        return cuda.forward(x, g, weights, norm, tf32=tf32)
     return reference.forward(x, g, weights, norm)
 
 
 @masag.register_fake
-def _(x: Tensor, g: Tensor, *rest: Any, **named: Any) -> Tensor:
-    norm = rest[10] if len(rest) > 10 else named.get("norm_weight")
+def _(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+    norm = rest[11] if len(rest) > 11 else named.get("norm_weight")
     layout = torch.contiguous_format if norm is None else torch.channels_last
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001  # PyTorch passes it by name
     ctx.save_for_backward(*inputs[:14])
 
 

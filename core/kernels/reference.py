@@ -51,8 +51,8 @@ class GateWeights(NamedTuple):
 def selection(gate: MASAG) -> tuple[Tensor, Tensor]:
     """u (C,) and context (3,) of a gate whose BatchNorms are frozen, or folded and gone; float64, differentiable.
 
-    With the fusion's two branches  l = A h + a  and  c = q1 mean(g) + q2 max(g) + q0,  its BatchNorm  D (l + c 1) + d  and
-    the selection's rows S1, S2 with biases s1, s2, let  v = D (S1 - S2).  The difference of the two selection maps is
+    With the fusion's two branches  l = A h + a  and  c = q1 mean(g) + q2 max(g) + q0,  its BatchNorm  D (l + c 1) + d
+    and the selection's rows S1, S2 with biases s1, s2, let  v = D (S1 - S2).  The two selection maps differ by
 
         v . (A h + a) + (v . 1) c + (S1 - S2) . d + s1 - s2
         = u . h + alpha mean(g) + beta max(g) + gamma,   u = A^T v,  (alpha, beta) = (v . 1) (q1, q2),

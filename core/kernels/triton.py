@@ -3,12 +3,12 @@
 1. `_context_kernel`    t = relu(depthwise3x3(x)), and alpha mean(g) + beta max(g) + gamma of every pixel
 2. `_dilated_kernel`    u . relu(dilated3x3(t)): the dilated convolution as a product of N pixels by 9 C inputs. Its C
                         channels stay on the chip; of each tile of channels one number a pixel is written
-3. `_gate_kernel`       sums these, selects, modulates, and runs both 1 x 1 convolutions with what is between them on the
-                        chip; with `norm` also the residual sum and the LayerNorm
+3. `_gate_kernel`       sums these, selects, modulates, and runs both 1 x 1 convolutions with what is between them on
+                        the chip; with `norm` also the residual sum and the LayerNorm
 
-Sums are in fp32 whatever the dtype: of 9 C products in fp16 the last would be lost. fp32 means IEEE unless tf32 is asked
-for. Offsets are int64: a batch of large maps passes 2^31 elements. Every sum has one order, so equal inputs give equal
-bits.
+Sums are in fp32 whatever the dtype: of 9 C products in fp16 the last would be lost. fp32 means IEEE unless tf32 is
+asked for. Offsets are int64: a batch of large maps passes 2^31 elements. Every sum has one order, so equal inputs give
+equal bits.
 
 B batch, C channels, H W rows and columns, N = B H W pixels.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from msa2net.core.kernels.reference import EPS, GateWeights
 
-MOST_CHANNELS = 1536  # the third kernel holds all channels of its pixels
+MOST_CHANNELS = 384  # the widest gate of the released network; the third kernel holds all channels of its pixels
 
 # Configurations -----------------------------------------------------------------------------------------------------
 
@@ -40,8 +40,8 @@ class Config(NamedTuple):
     num_stages: int = 3
 
 
-# From the smallest tiles to the largest: `pick` takes the largest that still gives every multiprocessor one.
-CONTEXT = (Config(16, 16), Config(32, 32), Config(64, 32), Config(128, 32))
+# From the smallest tiles to the largest: `pick` takes the largest that still gives every multiprocessor a program.
+CONTEXT = (Config(16, 16), Config(32, 32), Config(64, 32), Config(128, 16))
 DILATED = (
     Config(16, 32, 64, 2, 4),
     Config(32, 32, 64, 4, 4),
@@ -50,8 +50,53 @@ DILATED = (
     Config(128, 64, 64, 8, 3),
     Config(128, 128, 32, 8, 3),
 )
-# For `_gate_kernel`, `channels` are those of the map between its products that are made at a time.
-GATE = (Config(16, 32, 0, 4, 2), Config(16, 64, 0, 4, 2), Config(32, 32, 0, 8, 2), Config(64, 32, 0, 8, 2))
+# Of fp32 and of half the size; `channels` are those of the map between the two products that are made at a time.
+GATE = {
+    4: (Config(16, 16, 0, 8, 2), Config(16, 32, 0, 8, 2), Config(32, 32, 0, 8, 2)),
+    2: (Config(16, 32, 0, 4, 2), Config(32, 32, 0, 8, 2), Config(64, 16, 0, 8, 2)),
+}
+_HELD = 6144  # sums that `_gate_kernel` can hold in registers: pixels times channels
+_SLACK = 12_288  # bytes of shared memory beyond the tiles of products: for sums across threads
+
+
+class Case(NamedTuple):
+    """What decides, besides its size, how a gate is computed: `capability` is 86 for 8.6."""
+
+    channels: int
+    dtype: torch.dtype
+    tf32: bool
+    capability: int
+
+
+def shared_memory(capability: int) -> int:
+    """The most bytes of shared memory that a program may have."""
+    return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448, 110: 232_448}.get(capability, 101_376)
+
+
+def dilated_configs(case: Case) -> tuple[Config, ...]:
+    """Those of `DILATED` that run without spilling: IEEE sums of fp32 use no tensor core, and more registers."""
+    ieee = case.dtype == torch.float32 and not case.tf32
+    return tuple(each for each in DILATED if not (ieee and each.pixels * each.channels > 8192))
+
+
+def gate_configs(case: Case) -> tuple[Config, ...]:
+    """Those of `GATE` whose sums fit the registers, and whose tiles of both matrices fit the shared memory.
+
+    One for each number of pixels, that of the most channels.
+    """
+    count, size = chunks_of(case.channels)
+    channels, room = count * size, (shared_memory(case.capability) - _SLACK) // case.dtype.itemsize
+    fitting = (
+        each
+        for each in GATE[case.dtype.itemsize]
+        if each.pixels * channels <= _HELD and (2 * each.channels + each.pixels) * channels <= room
+    )
+    return tuple({each.pixels: each for each in fitting}.values())
+
+
+def options(config: Config) -> dict[str, int]:
+    """Of the compiler."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 def pick(configs: Sequence[Config], pixels: int, channels: int, processors: int) -> Config:
@@ -61,18 +106,6 @@ def pick(configs: Sequence[Config], pixels: int, channels: int, processors: int)
         if triton.cdiv(pixels, config.pixels) * triton.cdiv(channels, config.channels) >= processors:
             chosen = config
     return chosen
-
-
-def shared_memory(capability: int) -> int:
-    """The most bytes of shared memory that a program may have; capability 86 is 8.6."""
-    return {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448, 110: 232_448}.get(capability, 101_376)
-
-
-def fitting(
-    configs: Sequence[Config], channels: int, dtype: torch.dtype, tf32: bool, capability: int
-) -> tuple[Config, ...]:
-    """Those of the configurations that the GPU can run without spilling."""
-    return tuple(configs)
 
 
 def chunks_of(channels: int) -> tuple[int, int]:
@@ -210,7 +243,9 @@ def _modulated(x_ptr, g_ptr, b_x, b_g, s, c, C, m_p, stride_xc, stride_gc, BLOCK
 def _turned(matrix_ptr, c, k, C, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
     """The tile (inputs, outputs) of a matrix (output, input channel): inputs from k on, outputs from c on."""
     o_c, o_k = c + tl.arange(0, BLOCK_C), k + tl.arange(0, BLOCK_K)
-    return tl.load(matrix_ptr + o_c[None, :] * C + o_k[:, None], mask=(o_c < C)[None, :] & (o_k < C)[:, None], other=0.0)
+    return tl.load(
+        matrix_ptr + o_c[None, :] * C + o_k[:, None], mask=(o_c < C)[None, :] & (o_k < C)[:, None], other=0.0
+    )
 
 
 @triton.jit
@@ -235,7 +270,19 @@ def _squares(acc, mean, c, C, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _put(
-    acc, c, C, mean, scale, norm_ptr, shift_ptr, out_ptr, b_out, m_p, stride_oc, BLOCK_C: tl.constexpr, NORM: tl.constexpr
+    acc,
+    c,
+    C,
+    mean,
+    scale,
+    norm_ptr,
+    shift_ptr,
+    out_ptr,
+    b_out,
+    m_p,
+    stride_oc,
+    BLOCK_C: tl.constexpr,
+    NORM: tl.constexpr,
 ):
     o_c = c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -380,7 +427,18 @@ def launches(
     yield Launch(
         _context_kernel,
         (triton.cdiv(pixels, context_config.pixels), triton.cdiv(channels, context_config.channels) + 1),
-        (x, g, weights.depthwise, weights.depthwise_bias, weights.context, t, context, *sizes, *x.stride(), *g.stride()),
+        (
+            x,
+            g,
+            weights.depthwise,
+            weights.depthwise_bias,
+            weights.context,
+            t,
+            context,
+            *sizes,
+            *x.stride(),
+            *g.stride(),
+        ),
         {"BLOCK_P": context_config.pixels, "BLOCK_C": context_config.channels},
         context_config,
     )
@@ -434,20 +492,19 @@ def forward(
     batch, channels, height, width = x.shape
     pixels = batch * height * width
     if configs is None:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+        processors, capability = 1, 120  # the interpreter's: the least shared memory
+        if x.is_cuda:
+            properties = torch.cuda.get_device_properties(x.device)
+            processors, capability = properties.multi_processor_count, properties.major * 10 + properties.minor
+        case = Case(channels, x.dtype, tf32, capability)
         configs = (
             pick(CONTEXT, pixels, channels, processors),
-            pick(DILATED, pixels, channels, processors),
-            pick(GATE, pixels, 1, processors),
+            pick(dilated_configs(case), pixels, channels, processors),
+            pick(gate_configs(case), pixels, 1, processors),
         )
     layout = torch.contiguous_format if norm is None else torch.channels_last
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
         for each in launches(x, g, weights, norm, out, tf32, configs):
-            each.kernel[each.grid](
-                *each.arguments,
-                **each.constants,
-                num_warps=each.config.num_warps,
-                num_stages=each.config.num_stages,
-            )
+            each.kernel[each.grid](*each.arguments, **each.constants, **options(each.config))
     return out
