@@ -269,6 +269,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--keep", metavar="PLACES", help="places that stay out of int8, separated by commas")
     command.add_argument(
+        "--fine-tuned",
+        type=Path,
+        metavar="FILE",
+        help="weights for int8, from core.train --int8; judged against --checkpoint's fp32",
+    )
+    command.add_argument(
         "--allow-slower", action="store_true", help="ship int8 that is not faster on this machine, for another device"
     )
     command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         calibrate=arguments.calibration,
         keep=arguments.keep.split(",") if arguments.keep else (),
+        fine_tuned=arguments.fine_tuned,
         report=arguments.report,
         allow_accuracy_loss=arguments.allow_accuracy_loss,
         allow_slower=arguments.allow_slower,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -67,6 +68,7 @@ PRECISIONS_OF = {
 }
 _LOWERED = {"openvino": "openvino/model-{}.xml", "onnxruntime": "onnx/model-{}.onnx"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
+_TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it is
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
 _MOST_LOST = LEVELS["high"][1] * 2 / 3  # points of the worst image: other images than the judged ones lose more
 _ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
@@ -90,6 +92,7 @@ def export_bundle(
     data: str | None = None,
     calibrate: str | None = None,
     keep: Sequence[str] = (),
+    fine_tuned: str | Path | None = None,
     report: str | Path | None = None,
     allow_accuracy_loss: bool = False,
     allow_slower: bool = False,
@@ -114,6 +117,8 @@ def export_bundle(
     calibrate   images that int8's ranges are taken from, as `data`; phantoms if None. Not those of `data`: what is
                 judged on its own calibration looks better than it is.
     keep        places that stay out of int8 whatever the ranking says: blocks or layers, such as "stages.0.blocks.0"
+    fine_tuned  checkpoint whose weights the int8 artifacts hold, from `core.train --int8 --start checkpoint`; all are
+                judged against the fp32 of `checkpoint`, which the others hold
     report      folder for every image's figures and the worst image of each artifact, drawn; written on refusal, too
     allow_accuracy_loss   write artifacts that fail the check; they say so wherever they are used
     allow_slower  ship int8 although it is not faster on this machine than a higher precision, for a device where it is
@@ -141,6 +146,8 @@ def export_bundle(
         backend_class(runtime)
     read = read_checkpoint(checkpoint)
     model = load_model(read)
+    int8 = any(precision in INT8 for _, precision in wanted)
+    tuned = _fine_tuned(fine_tuned, model, int8)
     said = read.metadata
     resize = resize or said.get("resize", "bilinear")
     if resize not in RESIZE_RULES:
@@ -181,7 +188,6 @@ def export_bundle(
         "artifacts": [],
         "golden": [],
     }
-    int8 = any(precision in INT8 for _, precision in wanted)
     calibrated_on = calibration.frames(calibrate, names, channels) if int8 else []
     cases = parity.data_cases(open_for(names, data), len(names)) if data else parity.phantom_cases(grey=channels == 1)
     with (
@@ -191,6 +197,9 @@ def export_bundle(
     ):
         try:
             versions = _write_models(model, channels, runtimes, folder, bar)
+            if tuned is not None:
+                of_int8 = tuple(dict.fromkeys(runtime for runtime, precision in wanted if precision in INT8))
+                _write_models(tuned, channels, of_int8, folder / _TUNED, bar)
         except (Msa2NetError, OSError):
             raise
         except Exception as error:  # each tool has its own kinds
@@ -219,7 +228,8 @@ def export_bundle(
         if int8:
             bar.set_postfix_str("calibration")
             compared = calibration.tensors(parity.sample(cases, calibration.COMPARED), manifest.input)
-            document["calibration"] = calibration.describe(calibrate, inputs, model, compared)
+            document["calibration"] = calibration.describe(calibrate, inputs, tuned or model, compared)
+            document["calibration"]["fine_tuned"] = tuned is not None
         rankings: dict[str, dict[str, Any]] = {}  # of the runtimes, in int8
         for i, entry in enumerate(document["artifacts"]):
 
@@ -243,6 +253,7 @@ def export_bundle(
                 _race(folder, entry, manifest, images[0], judged, bar)
         if int8 and not allow_slower:
             _withhold(document)
+        shutil.rmtree(folder / _TUNED, ignore_errors=True)
         listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
         for file in (file for name in _FILES.values() for file in (folder / name[0]).parent.glob("*")):
             if file.relative_to(folder).as_posix() not in listed:
@@ -310,6 +321,18 @@ def _write_models(
     return versions
 
 
+def _fine_tuned(checkpoint: str | Path | None, model: MSA2Net, int8: bool) -> MSA2Net | None:
+    """The network of the fine-tuned checkpoint. Raises ExportError if nothing would hold it, or if it is another."""
+    if checkpoint is None:
+        return None
+    if not int8:
+        raise ExportError("--fine-tuned", "no int8 artifact is asked for", "", "Add int8 to --precisions.")
+    tuned = load_model(read_checkpoint(checkpoint))
+    if tuned.config != model.config:
+        raise ExportError("--fine-tuned", "is of another network", "expected --checkpoint's", "Check both.")
+    return tuned
+
+
 def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple[str, str]]:
     """The pairs of runtime and precision to write. Raises ExportError for one that cannot be judged here."""
     asked = tuple(dict.fromkeys(precisions))
@@ -340,7 +363,10 @@ def _lowering(
         return openvino_ir.Bf16(folder, _FILES[runtime], target)
     kind = quantize.OnnxInt8 if runtime == "onnxruntime" else quantize.OpenVinoInt8
     held = calibration.HELD
-    return kind(folder, _FILES[runtime], target, tensors[held:], tensors[:held], named == "int8-portable", tick)
+    files = _FILES[runtime]
+    if (folder / _TUNED).is_dir():
+        files = tuple(f"{_TUNED}/{file}" for file in files)
+    return kind(folder, files, target, tensors[held:], tensors[:held], named == "int8-portable", tick)
 
 
 def _lower(

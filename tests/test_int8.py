@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from msa2net.core import fakequant
-from msa2net.core.checkpoint import load_model, read_checkpoint
+from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint
 from msa2net.core.maxvit import RelativePosition
 from msa2net.errors import ExportError, RuntimeUnavailableError
-from msa2net.export import calibration, export_bundle, parity, pipeline, precision, quantize
+from msa2net.export import calibration, export_bundle, onnx_file, parity, pipeline, precision, quantize
 from msa2net.runtimes import Predictor, backends
 from msa2net.runtimes.bundle import MANIFEST, Bundle
 from msa2net.runtimes.predictor import DEMO_BUNDLE
@@ -284,6 +284,45 @@ def images(folder: Path, count: int, constant: int | None = None) -> str:
         pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)
         Image.fromarray(np.full_like(pixels, 7) if i == constant else pixels).save(folder / f"{i:02d}.png")
     return f"images:{folder}"
+
+
+@pytest.fixture
+def other_weights(tmp_path: Path) -> Path:
+    """The demo's checkpoint, the lesion's logits 3 higher."""
+    read = read_checkpoint(DEMO)
+    bias = "decoder_0.last_layer.bias"
+    state = read.state | {bias: read.state[bias] + torch.tensor([0.0, 3.0])}
+    save_checkpoint(tmp_path / "tuned.safetensors", state, read.metadata)
+    return tmp_path / "tuned.safetensors"
+
+
+@pytest.mark.usefixtures("quick")
+def test_int8_holds_the_fine_tuned_weights_and_fp32_the_checkpoints(other_weights: Path, tmp_path: Path) -> None:
+    runtimes, precisions = ["onnxruntime"], ["fp32", "int8"]
+    found = export_bundle(
+        DEMO,
+        tmp_path / "tuned.bundle",
+        runtimes=runtimes,
+        precisions=precisions,
+        fine_tuned=other_weights,
+        allow_accuracy_loss=True,
+        allow_slower=True,
+        progress=False,
+    )
+    assert json.loads((found / MANIFEST).read_bytes())["calibration"]["fine_tuned"] is True
+    assert sorted(path.name for path in found.iterdir()) == ["SHA256SUMS", "golden", MANIFEST, "onnx"]
+
+    (x,) = calibration.tensors(parity.phantom_cases(False, 1), Bundle(found).manifest.input)
+    files = ("model.onnx", "model-int8.onnx")
+    plain, tuned = (onnx_file.runner(onnx.load(found / "onnx" / file))(x).mean((0, 2, 3)) for file in files)
+    assert np.abs(tuned - plain - [0, 3]).max() < 0.5  # int8 itself moves them by tenths
+    assert entry(found, "onnxruntime", "fp32")["parity"]["verdict"] == "high"
+    assert entry(found, "onnxruntime", "int8")["parity"]["pixel_agreement"] < 0.999  # judged against the checkpoint's
+
+
+def test_fine_tuned_weights_that_no_artifact_would_hold_are_refused(other_weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--fine-tuned: no int8 artifact is asked for"):
+        export_bundle(DEMO, tmp_path / "x.bundle", fine_tuned=other_weights)
 
 
 def test_too_few_calibration_images_are_refused(tmp_path: Path) -> None:
