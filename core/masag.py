@@ -82,14 +82,15 @@ class MASAG(nn.Module):
     def kernel_for(self, x: Tensor) -> str | None:
         """What computes the gate of this map: "reference", "triton", or None for the paper's steps below.
 
-        Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU and wherever no
-        kernel is faster than PyTorch. Raises KernelError for a kernel asked for by name that cannot run.
+        Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU, where no fused
+        kernel can run, and under autocast, which mixes dtypes. Raises KernelError for one asked for by name that cannot.
         """
         live = any(isinstance(each, nn.BatchNorm2d) and each.training for each in self.modules())
         if live or torch.onnx.is_in_onnx_export():
             return None
         chosen = select(self.kernel, x)
-        return None if self.kernel == "auto" and chosen == "reference" else chosen
+        mixed = torch.is_autocast_enabled(x.device.type)
+        return None if self.kernel == "auto" and (chosen == "reference" or mixed) else chosen
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         if (kernel := self.kernel_for(x)) is not None:

@@ -299,6 +299,15 @@ def test_a_kernel_that_cannot_run_is_refused_and_never_replaced(monkeypatch: pyt
         gated([each.double() for each in arguments], "triton")
 
 
+def test_auto_takes_the_papers_steps_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 7))
+    gate, x = gate_of(4), OnGpu()
+    assert gate.kernel_for(x) == "triton"  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert gate.kernel_for(x) is None  # type: ignore[arg-type]
+
+
 class OnGpu:
     """What `select` asks of a map."""
 
