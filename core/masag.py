@@ -83,7 +83,7 @@ class MASAG(nn.Module):
         """What computes the gate of this map: "reference", "triton", or None for the paper's steps below.
 
         Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU, where no fused
-        kernel can run, and under autocast, which mixes dtypes. Raises KernelError for one asked for by name that cannot.
+        kernel can run, and under autocast, which mixes dtypes. Raises KernelError for a kernel named that cannot run.
         """
         live = any(isinstance(each, nn.BatchNorm2d) and each.training for each in self.modules())
         if live or torch.onnx.is_in_onnx_export():
