@@ -253,7 +253,8 @@ def export_bundle(
                 _race(folder, entry, manifest, images[0], judged, bar)
         if int8 and not allow_slower:
             _withhold(document)
-        shutil.rmtree(folder / _TUNED, ignore_errors=True)
+        if tuned is not None:
+            shutil.rmtree(folder / _TUNED)
         listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
         for file in (file for name in _FILES.values() for file in (folder / name[0]).parent.glob("*")):
             if file.relative_to(folder).as_posix() not in listed:
@@ -328,8 +329,15 @@ def _fine_tuned(checkpoint: str | Path | None, model: MSA2Net, int8: bool) -> MS
     if not int8:
         raise ExportError("--fine-tuned", "no int8 artifact is asked for", "", "Add int8 to --precisions.")
     tuned = load_model(read_checkpoint(checkpoint))
-    if tuned.config != model.config:
-        raise ExportError("--fine-tuned", "is of another network", "expected --checkpoint's", "Check both.")
+    ours, theirs = model.config.to_json(), tuned.config.to_json()
+    if differing := [key for key in ours if theirs[key] != ours[key]]:
+        key = differing[0]
+        raise ExportError(
+            "--fine-tuned",
+            f"its network has {key} {theirs[key]}",
+            f"expected {ours[key]}, as --checkpoint's has",
+            "Start the fine-tune from --checkpoint.",
+        )
     return tuned
 
 

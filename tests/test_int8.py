@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from PIL import Image
 
 from msa2net.core import fakequant
-from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint
+from msa2net.core.checkpoint import load_model, model_by_rule, read_checkpoint, save_checkpoint
+from msa2net.core.config import VARIANTS
 from msa2net.core.maxvit import RelativePosition
 from msa2net.errors import ExportError, RuntimeUnavailableError
 from msa2net.export import calibration, export_bundle, onnx_file, parity, pipeline, precision, quantize
@@ -323,6 +325,13 @@ def test_int8_holds_the_fine_tuned_weights_and_fp32_the_checkpoints(other_weight
 def test_fine_tuned_weights_that_no_artifact_would_hold_are_refused(other_weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="--fine-tuned: no int8 artifact is asked for"):
         export_bundle(DEMO, tmp_path / "x.bundle", fine_tuned=other_weights)
+
+
+def test_fine_tuned_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    other = model_by_rule(replace(VARIANTS["tiny"], num_classes=3))
+    save_checkpoint(tmp_path / "other.safetensors", other.state_dict())
+    with pytest.raises(ExportError, match="--fine-tuned: its network has num_classes 3, expected 2, as --checkpoint's"):
+        export_bundle(DEMO, tmp_path / "x.bundle", precisions=["int8"], fine_tuned=tmp_path / "other.safetensors")
 
 
 def test_too_few_calibration_images_are_refused(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _check(x: Tensor, g: Tensor, weights: GateWeights, norm: tuple[Tensor, Tenso
             raise KernelError(name, f"got the shape {tuple(value.shape)}", f"expected {tuple(shape)}")
         if value.dtype != x.dtype or value.device != x.device:
             got, expected = (f"{each.dtype} on {each.device}" for each in (value, x))
-            raise KernelError(name, f"got {got}", f"expected {expected}, as x is")
+            raise KernelError(name, f"got {got}", f"expected {expected}, as x is", "Convert it.")
         if name != "g" and not value.is_contiguous():
             raise KernelError(name, f"got the strides {value.stride()}", "expected a contiguous tensor", "Copy it.")
 

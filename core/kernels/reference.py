@@ -61,7 +61,7 @@ def selection(gate: MASAG) -> tuple[Tensor, Tensor]:
     """
     matrix, a = _folded(*gate.multi.local.proj)
     q, q0 = _folded(*gate.multi.global_.proj)
-    scale, d = _affine(gate.multi.bn)
+    scale, d = affine(gate.multi.bn)
     rows, bias = _folded(gate.selection)
     difference = rows.flatten(1)[0] - rows.flatten(1)[1]
     v = scale * difference
@@ -94,7 +94,7 @@ def collapse(gate: MASAG) -> GateWeights:
     return GateWeights(*(each.to(dtype).contiguous() for each in folded))
 
 
-def _affine(norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
+def affine(norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Scale and shift of a frozen BatchNorm, float64; of what was folded before and left an Identity, 1 and 0."""
     if isinstance(norm, torch.nn.Identity):
         one = torch.ones((), dtype=torch.float64)  # without axes: these mix with tensors of any device
@@ -113,7 +113,7 @@ def _folded(layer: torch.nn.Module, norm: torch.nn.Module | None = None) -> tupl
     weight, bias = layer.weight.double(), layer.bias.double()
     if norm is None:
         return weight, bias
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     return (weight.transpose(0, -1) * scale).transpose(0, -1), bias * scale + shift
 
 

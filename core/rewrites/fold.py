@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor, nn
+
+from msa2net.core.kernels.reference import affine
 
 
 def set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
@@ -51,10 +52,4 @@ def scale_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> 
 
 def affine_of(norm: nn.BatchNorm2d | nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift, float64: of a BatchNorm in evaluation mode, or of what a LayerNorm does after normalising."""
-    weight, bias = norm.weight.double(), norm.bias.double()
-    if isinstance(norm, nn.LayerNorm):
-        return weight, bias
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = weight / torch.sqrt(norm.running_var.double() + norm.eps)
-    return scale, bias - norm.running_mean.double() * scale
+    return (norm.weight.double(), norm.bias.double()) if isinstance(norm, nn.LayerNorm) else affine(norm)
