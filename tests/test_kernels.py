@@ -360,7 +360,7 @@ def test_every_configuration_computes_the_same(interpreter: Any) -> None:
     weights, norm = GateWeights(*rest[:10]), (rest[10], rest[11])
     expected = reference.forward(*(each.double() for each in (x, g)), GateWeights(*double(rest[:10])), None)
     normal = gated(double([x, g, *rest]), "reference")
-    lists = (kernels.CONTEXT, kernels.DILATED, kernels.GATE[4] + kernels.GATE[2])
+    lists = (kernels.CONTEXT, kernels.DILATED, sum(kernels.GATE.values(), ()))
     for i, configs in enumerate(lists):
         for config in configs:
             chosen = tuple(config if i == j else each[0] for j, each in enumerate(lists))

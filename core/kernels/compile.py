@@ -97,7 +97,7 @@ def compiled(job: Job) -> Usage:
         for name, configs in (
             ("_context_kernel", kernels.CONTEXT),
             ("_dilated_kernel", kernels.DILATED),
-            ("_gate_kernel", kernels.GATE[dtype.itemsize]),
+            ("_gate_kernel", kernels.GATE["half"]),
         )
     )
     norm = (vector, vector) if job.norm else None

@@ -43,19 +43,20 @@ class Config(NamedTuple):
 # From the smallest tiles to the largest: `pick` takes the largest that still gives every multiprocessor a program.
 CONTEXT = (Config(16, 16), Config(32, 32), Config(64, 32), Config(128, 16))
 DILATED = (
-    Config(16, 32, 64, 2, 4),
+    Config(16, 32, 64, 2, 4),  # `inputs` of two bytes; half as many of fp32
     Config(32, 32, 64, 4, 4),
     Config(32, 64, 64, 4, 4),
     Config(64, 64, 64, 4, 3),
     Config(128, 64, 64, 8, 3),
     Config(128, 128, 32, 8, 3),
 )
-# Of fp32 and of half the size; `channels` are those of the map between the two products that are made at a time.
+# By kind of product, see `Case`; `channels` are those of the map between the two products that are made at a time.
 GATE = {
-    4: (Config(16, 16, 0, 8, 2), Config(16, 32, 0, 8, 2), Config(32, 32, 0, 8, 2)),
-    2: (Config(16, 32, 0, 4, 2), Config(32, 32, 0, 8, 2), Config(64, 16, 0, 8, 2)),
+    "ieee": (Config(16, 16, 0, 8, 2), Config(16, 32, 0, 8, 2), Config(32, 32, 0, 8, 2)),
+    "tf32": (Config(16, 16, 0, 8, 1), Config(16, 32, 0, 8, 2), Config(32, 32, 0, 8, 2)),
+    "half": (Config(16, 16, 0, 8, 2), Config(16, 32, 0, 4, 2), Config(32, 32, 0, 8, 2), Config(64, 16, 0, 8, 2)),
 }
-_HELD = 6144  # sums that `_gate_kernel` can hold in registers: pixels times channels
+_HELD = 24  # sums that a thread of `_gate_kernel` can hold in registers
 _SLACK = 12_288  # bytes of shared memory beyond the tiles of products: for sums across threads
 
 
@@ -67,6 +68,11 @@ class Case(NamedTuple):
     tf32: bool
     capability: int
 
+    @property
+    def kind(self) -> str:
+        """Of its products: "ieee" of fp32, "tf32", or "half" for fp16 and bf16."""
+        return "half" if self.dtype.itemsize == 2 else "tf32" if self.tf32 else "ieee"
+
 
 def shared_memory(capability: int) -> int:
     """The most bytes of shared memory that a program may have."""
@@ -75,8 +81,10 @@ def shared_memory(capability: int) -> int:
 
 def dilated_configs(case: Case) -> tuple[Config, ...]:
     """Those of `DILATED` that run without spilling: IEEE sums of fp32 use no tensor core, and more registers."""
-    ieee = case.dtype == torch.float32 and not case.tf32
-    return tuple(each for each in DILATED if not (ieee and each.pixels * each.channels > 8192))
+    wide = case.dtype == torch.float32
+    largest = 8192 if case.kind == "ieee" else 16_384
+    fitting = (each for each in DILATED if each.pixels * each.channels <= largest)
+    return tuple(each._replace(inputs=each.inputs // (2 if wide else 1)) for each in fitting)
 
 
 def gate_configs(case: Case) -> tuple[Config, ...]:
@@ -88,8 +96,9 @@ def gate_configs(case: Case) -> tuple[Config, ...]:
     channels, room = count * size, (shared_memory(case.capability) - _SLACK) // case.dtype.itemsize
     fitting = (
         each
-        for each in GATE[case.dtype.itemsize]
-        if each.pixels * channels <= _HELD and (2 * each.channels + each.pixels) * channels <= room
+        for each in GATE[case.kind]
+        if each.pixels * channels <= _HELD * 32 * each.num_warps
+        and (2 * each.channels + each.pixels) * channels <= room
     )
     return tuple({each.pixels: each for each in fitting}.values())
 
