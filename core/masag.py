@@ -66,7 +66,7 @@ class MASAG(nn.Module):
     x   the encoder's skip map
     g   the decoder's map of the same shape
 
-    `kernel` is what computes it, see `kernel_for`: "auto", "reference" or "triton".
+    `kernel` is what computes it, see `kernel_for`: "auto", "reference", "triton" or "cuda".
     """
 
     def __init__(self, channels: int, kernel: str = "auto") -> None:
@@ -80,7 +80,7 @@ class MASAG(nn.Module):
         self.conv_block = nn.Sequential(nn.Conv2d(channels, channels, 1))
 
     def kernel_for(self, x: Tensor) -> str | None:
-        """What computes the gate of this map: "reference", "triton", or None for the paper's steps below.
+        """What computes the gate of this map: "reference", "triton", "cuda", or None for the paper's steps below.
 
         Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU, where no fused
         kernel can run, and under autocast, which mixes dtypes. Raises KernelError for a kernel named that cannot run.

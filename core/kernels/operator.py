@@ -3,67 +3,83 @@
     gate = masag(x, g, *weights)                      (B, C, H, W)
     next = masag(x, g, *weights, *norm)               LayerNorm(g + gate), channels-last
 
-On the CPU it is `reference`; on a GPU the Triton kernels or `reference`, by `kernel`. torch.export and torch.compile
-see one node. Gradients are `reference.backward`'s, whichever kernel ran forward.
+On the CPU it is `reference`; on a GPU the Triton kernels, the CUDA library or `reference`, by `kernel`. torch.export
+and torch.compile see one node. Gradients are `reference.backward`'s, whichever kernel ran forward.
 
 B batch, C channels, H W rows and columns.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from msa2net.core.kernels import reference
-from msa2net.core.kernels.reference import EPS, GateWeights
+from msa2net.core.kernels.reference import EPS, MOST_CHANNELS, GateWeights
 from msa2net.errors import KernelError
 
-KERNELS = ("auto", "reference", "triton")
+KERNELS = ("auto", "reference", "triton", "cuda")
+FUSED = ("triton", "cuda")  # in the order in which "auto" tries them
 LEAST_CAPABILITY = (8, 0)  # bf16 and asynchronous copies
-_FUSED = {torch.float32, torch.float16, torch.bfloat16}
+_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _log = logging.getLogger(__name__)
 
 
-def why_not_triton(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot compute the gate of this map; None if they can."""
-    if x.dtype not in _FUSED:
+def why_not(kernel: str, x: Tensor) -> str | None:
+    """Why a fused kernel, "triton" or "cuda", cannot compute the gate of this map; None if it can."""
+    if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, it computes in float32, float16 and bfloat16"
+    if x.shape[1] > MOST_CHANNELS:
+        return f"x has {x.shape[1]} channels, it takes at most {MOST_CHANNELS}"
+    if x.is_cuda and (found := torch.cuda.get_device_capability(x.device)) < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {found[0]}.{found[1]}, it needs {LEAST_CAPABILITY[0]}.0"
+    if kernel == "cuda":
+        from msa2net.core.kernels import cuda
+
+        return cuda.why_not(x)
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install 'msa2net-edge[triton]'"
-    interpreted = not x.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
-    if not x.is_cuda and not interpreted:
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"x is on {x.device}, it computes on a CUDA device"
-    if not interpreted and (found := torch.cuda.get_device_capability(x.device)) < LEAST_CAPABILITY:
-        return f"the GPU has compute capability {found[0]}.{found[1]}, it needs {LEAST_CAPABILITY[0]}.0"
-    from msa2net.core.kernels.triton import MOST_CHANNELS
-
-    if x.shape[1] > MOST_CHANNELS:
-        return f"x has {x.shape[1]} channels, it holds at most {MOST_CHANNELS}"
     return None
 
 
-def select(kernel: str, x: Tensor) -> str:
-    """The kernel that computes the gate of this map: "reference" or "triton".
+@cache
+def _say(message: str) -> None:
+    """Once, not at every frame."""
+    _log.info(message)
 
-    "auto" takes Triton on a GPU if it can, and logs why if not, and the reference on a CPU. Raises KernelError for a
-    kernel asked for by name that cannot: it is never replaced by another.
+
+def select(kernel: str, x: Tensor) -> str:
+    """The kernel that computes the gate of this map: "reference", "triton" or "cuda".
+
+    "auto" takes the first of `FUSED` that can on a GPU, else the reference, and logs what it took and why not the
+    others; on a CPU it takes the reference. Raises KernelError for a kernel asked for by name that cannot: it is never
+    replaced by another.
     """
     if kernel not in KERNELS:
         raise KernelError("kernel", f"got {kernel!r}", f"expected one of {', '.join(KERNELS)}", "Choose one.")
     if kernel == "reference" or (kernel == "auto" and not x.is_cuda):
         return "reference"
-    reason = why_not_triton(x)
-    if reason is None:
-        return "triton"
-    if kernel != "auto":
-        raise KernelError(f"kernel {kernel!r}", reason, "", "Or let kernel='auto' choose.")
-    _log.info("kernel 'auto' passed triton over: %s", reason)
-    return "reference"
+    for candidate in FUSED if kernel == "auto" else (kernel,):
+        reason = why_not(candidate, x)
+        if reason is None:
+            break
+        if kernel != "auto":
+            raise KernelError(f"kernel {kernel!r}", reason, "", "Or let kernel='auto' choose.")
+        _say(f"kernel 'auto' passed {candidate} over: {reason}")
+    else:
+        candidate = "reference"
+    if kernel == "auto":
+        _say(f"kernel 'auto' took {candidate}")
+    return candidate
 
 
 def _check(x: Tensor, g: Tensor, weights: GateWeights, norm: tuple[Tensor, Tensor] | None) -> None:
@@ -136,11 +152,12 @@ def masag(
     )
     norm = _pair(norm_weight, norm_bias)
     _check(x, g, weights, norm)
-    if select(kernel, x) == "triton":
-        from msa2net.core.kernels import triton
-
-        return triton.forward(x, g, weights, norm, tf32=tf32)
-    return reference.forward(x, g, weights, norm)
+    chosen = select(kernel, x)
+    if chosen == "reference":
+        return reference.forward(x, g, weights, norm)
+    fused = importlib.import_module(f"msa2net.core.kernels.{chosen}")
+    result: Tensor = fused.forward(x, g, weights, norm, tf32=tf32)
+    return result
 
 
 @masag.register_fake

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from msa2net.core.masag import MASAG
 
 EPS = 1e-5  # of the LayerNorm
+MOST_CHANNELS = 384  # that the fused kernels take: the widest gate of the released network
 
 
 class GateWeights(NamedTuple):

@@ -25,8 +25,6 @@ from torch import Tensor
 
 from msa2net.core.kernels.reference import EPS, GateWeights
 
-MOST_CHANNELS = 384  # the widest gate of the released network; the third kernel holds all channels of its pixels
-
 # Configurations -----------------------------------------------------------------------------------------------------
 
 
