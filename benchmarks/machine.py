@@ -30,7 +30,7 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := version(name))},
         "commit": _commit(),
     }
 
@@ -41,7 +41,8 @@ def require_folder(file: Path | None) -> None:
         raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None if it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -212,6 +212,7 @@ class DecoderLayer(nn.Module):
         self.x1_linear = nn.Linear(channels, channels)
         self.ag_attn = MASAG(channels)
         self.ag_attn_norm = nn.LayerNorm(channels)
+        self.fused_gate: nn.Module | None = None  # in place of both, see `rewrites.fused_gate`
         if blocks == "dual_attention":
             self.tran_layer1 = DualAttentionBlock(channels)
             self.tran_layer2 = DualAttentionBlock(channels)
@@ -230,8 +231,11 @@ class DecoderLayer(nn.Module):
         # Reinterpreted, not transposed: channel c of these maps holds a stretch of N/C pixels with all their channels.
         skip = reinterpret(skip.permute(0, 2, 3, 1), channels, size, size)
         below = reinterpret(self.x1_linear(tokens), channels, size, size)
-        gated = self.ag_attn(skip, below) if self.gated else skip
-        fused = self.ag_attn_norm((below + gated).permute(0, 2, 3, 1))  # (B, H, W, C)
+        if self.fused_gate is not None:
+            fused = self.fused_gate(skip, below).permute(0, 2, 3, 1)  # (B, H, W, C)
+        else:
+            gated = self.ag_attn(skip, below) if self.gated else skip
+            fused = self.ag_attn_norm((below + gated).permute(0, 2, 3, 1))
         if self.blocks == "dual_attention":
             # Here the reinterpretation is never undone: these tokens are positions of the scrambled map.
             tokens = self.tran_layer1(fused.flatten(1, 2), size, size)

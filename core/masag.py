@@ -80,7 +80,7 @@ class MASAG(nn.Module):
         self.conv_block = nn.Sequential(nn.Conv2d(channels, channels, 1))
 
     def kernel_for(self, x: Tensor) -> str | None:
-        """What computes the gate of this map: "reference", "triton", "cuda", or None for the paper's steps below.
+        """What computes the gate of this map: "reference", "triton", "cuda", or None for `steps`.
 
         Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU, where no fused
         kernel can run, and under autocast, which mixes dtypes. Raises KernelError for a kernel named that cannot run.
@@ -95,6 +95,10 @@ class MASAG(nn.Module):
     def forward(self, x: Tensor, g: Tensor) -> Tensor:
         if (kernel := self.kernel_for(x)) is not None:
             return masag(x, g, *collapse(self), kernel=kernel)
+        return self.steps(x, g)
+
+    def steps(self, x: Tensor, g: Tensor) -> Tensor:
+        """The paper's steps, one after the other."""
         # Fusion and selection: two weights per pixel that sum to 1.
         to_x, to_g = self.selection(self.multi(x, g)).softmax(1).chunk(2, dim=1)  # (B, 1, H, W) each
         x_selected = x * (1 + to_x)

@@ -188,7 +188,7 @@ class Predictor:
                     named never falls back to another; if it failed, there is an AccuracyLossWarning.
         precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`. "int8"
                     with runtime "auto" takes "int8-portable" where the CPU has no VNNI or dot products.
-        device      "CPU"; with OpenVINO any device that it lists
+        device      "CPU"; with OpenVINO any device that it lists; with PyTorch also "cuda" or "cuda:N"
         threads     for one inference; by default the cores that the process may use, by its affinity and by the quota
                     of its control groups
         cache       where what the runtime compiles is kept for the next start: a folder, made if need be; None or

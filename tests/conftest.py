@@ -14,7 +14,8 @@ import pytest
 from msa2net.runtimes.bundle import MANIFEST, SUMS
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported: kernels run on the CPU in its interpreter
+# Read when triton is first imported: kernels run on the CPU, in its interpreter. On a GPU it is set to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

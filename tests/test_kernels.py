@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import itertools
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import deterministic
 
+from msa2net.benchmarks import kernels
 from msa2net.core.checkpoint import model_by_rule, rule_value
 from msa2net.core.config import VARIANTS
 from msa2net.core.kernels import build, cuda, operator, reference
@@ -107,7 +109,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Any:
     language = pytest.importorskip("triton.language")
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from msa2net.core.kernels import triton as kernels
+    from msa2net.core.kernels import triton
 
     create_dot = InterpreterBuilder.create_dot
 
@@ -121,7 +123,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Any:
         return create_dot(self, wide(a), wide(b), *rest)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    return kernels
+    return triton
 
 
 @pytest.fixture(scope="session")
@@ -429,19 +431,20 @@ def test_fused_kernels_err_at_most_twice_as_much_as_pytorch(
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_every_configuration_of_triton_computes_the_same(interpreter: Any) -> None:
-    kernels = interpreter
-    x, g, *rest = problem((2, 40, 5, 7), torch.float32, norm=True)
+def test_every_tile_of_triton_computes_the_same(interpreter: Any) -> None:
+    triton = interpreter
+    x, g, *rest = problem((2, 40, 4, 5), torch.float32, norm=True)
     weights, norm = GateWeights(*rest[:10]), (rest[10], rest[11])
-    expected = reference.forward(*(each.double() for each in (x, g)), GateWeights(*double(rest[:10])), None)
+    expected = gated(double([x, g, *weights]), "reference")
     normal = gated(double([x, g, *rest]), "reference")
-    lists = (kernels.CONTEXT, kernels.DILATED, sum(kernels.GATE.values(), ()))
+    gate = {each[:2]: each for each in sum(triton.GATE.values(), ())}.values()  # warps and stages are nothing to it
+    lists = (triton.CONTEXT, triton.DILATED, tuple(gate))
     for i, configs in enumerate(lists):
         for config in configs:
             chosen = tuple(config if i == j else each[0] for j, each in enumerate(lists))
-            assert error(kernels.forward(x, g, weights, configs=chosen), expected) <= 5e-6
+            assert error(triton.forward(x, g, weights, configs=chosen), expected) <= 5e-6
             if i == 2:
-                assert error(kernels.forward(x, g, weights, norm, configs=chosen), normal) <= 5e-6
+                assert error(triton.forward(x, g, weights, norm, configs=chosen), normal) <= 5e-6
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -677,6 +680,55 @@ def test_a_build_that_fails_leaves_the_library_that_was_there(tmp_path: Path, mo
     assert (tmp_path / LIBRARY).read_bytes() == b"before"
 
 
+# The benchmark ------------------------------------------------------------------------------------------------------
+
+
+def benchmarked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A small run of it on the CPU."""
+    monkeypatch.setattr(kernels, "FUSED", ("cuda",))
+    return kernels.measure(
+        "cpu", gates=((24, 5),), batches=(1,), dtypes=("fp32",), rounds=2, compiled=False, with_network=False
+    )
+
+
+@pytest.mark.usefixtures("host")
+def test_the_benchmark_checks_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = benchmarked(monkeypatch)
+    assert result["right"]
+    assert [(row["norm"], row["kernel"]) for row in result["checks"]] == 2 * [(False, "cuda"), (True, "cuda")]
+    (case,) = result["cases"]
+    assert set(case["median"]) == {"eager", "cuda"}
+    assert "24 x 5 x 5, fp32, batch 1" in kernels.table(result)
+    json.dumps(result)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_kernel_that_is_wrong_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = cuda.forward
+    monkeypatch.setattr(cuda, "forward", lambda *given, **named: forward(*given, **named) + 1e-3)
+    result = benchmarked(monkeypatch)
+    assert not result["right"]
+    assert set(result["cases"][0]["median"]) == {"eager"}
+    assert "WRONG: cuda at 24 x 5 x 5, fp32, batch 1: error 1.0e-03" in kernels.table(result)
+
+
+def test_the_benchmark_without_a_gpu_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert kernels.main([]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --device: got no GPU, expected 'cuda', with a GPU and a CUDA build"
+    )
+
+
+def test_a_floor_is_the_slower_of_bytes_and_products() -> None:
+    case = kernels.Case(384, 14, "fp16", 1)
+    bytes_alone = kernels.floor_seconds(case, {"bytes": 1e12, "fp16": 1e30})
+    assert bytes_alone == pytest.approx((0.46e6 + 2.80e6 + 1.04e6) / 1e12, rel=0.01)  # as the kernels' README has it
+    products_alone = kernels.floor_seconds(case, {"bytes": 1e30, "fp16": 1e12})
+    assert products_alone == pytest.approx(2 * (260.1e6 + 57.8e6) / 1e12, rel=0.01)
+
+
 # The CUDA source under sanitizers -----------------------------------------------------------------------------------
 
 SANITIZERS = {
@@ -781,9 +833,9 @@ def built_for(targets: list[int], output: Path) -> list[build.Kernel]:
 
 
 def test_no_cuda_kernel_for_orin_spills(tmp_path: Path) -> None:
-    kernels = built_for([87], tmp_path)
-    assert len(kernels) == 41
-    assert not [each for each in kernels if each.spilled]
+    built = built_for([87], tmp_path)
+    assert len(built) == 41
+    assert not [each for each in built if each.spilled]
     assert {each.name for each in tmp_path.iterdir()} == {LIBRARY, BINDING}
     # What a device's program links needs no PyTorch, and of CUDA only what every driver brings.
     needed = subprocess.run(["ldd", tmp_path / LIBRARY], capture_output=True, text=True, check=True).stdout
@@ -793,9 +845,9 @@ def test_no_cuda_kernel_for_orin_spills(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_cuda_kernel_for_any_gpu_spills(tmp_path: Path) -> None:
-    kernels = built_for(list(build.TARGETS), tmp_path)
-    assert len(kernels) == 41 * len(build.TARGETS)
-    assert not [each for each in kernels if each.spilled]
+    built = built_for(list(build.TARGETS), tmp_path)
+    assert len(built) == 41 * len(build.TARGETS)
+    assert not [each for each in built if each.spilled]
 
 
 # Triton, compiled ---------------------------------------------------------------------------------------------------
@@ -823,3 +875,54 @@ def test_no_configuration_for_orin_spills_or_outgrows_its_memory() -> None:
 @pytest.mark.slow
 def test_no_configuration_for_any_gpu_spills_or_outgrows_its_memory() -> None:
     assert "0 faults" in compile_for("80,86,87,89,90,110,120", "fp32,tf32,fp16,bf16")
+
+
+# On a GPU, see CONTRIBUTING.md --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def on_gpu(request: pytest.FixtureRequest) -> str:
+    """The name of a fused kernel, which then runs on a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if request.param == "triton" and os.environ["TRITON_INTERPRET"] == "1":
+        pytest.skip("TRITON_INTERPRET is 1: set it to 0")
+    return request.param
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("norm", [False, True], ids=["gate", "norm"])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (16, 96, 56, 56)], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_on_a_gpu_kernels_err_at_most_twice_as_much_as_pytorch(
+    shape: tuple[int, ...], norm: bool, dtype: torch.dtype, on_gpu: str
+) -> None:
+    arguments = [each.cuda() for each in problem(shape, dtype, norm)]
+    expected = gated(double(arguments), "reference")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        eager = gated(arguments, "reference")
+    found = gated(arguments, on_gpu)
+    assert error(found, expected) <= 2 * error(eager, expected) + FLOOR[dtype], error(eager, expected)
+    x, g, *rest = arguments
+    if on_gpu == "cuda":
+        by_c = cuda.forward_c(x, g, GateWeights(*rest[:10]), (rest[10], rest[11]) if norm else None)
+        assert torch.equal(by_c, found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gated(arguments, on_gpu)
+    for _ in range(2):
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, found)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_on_a_gpu_the_predictor_passes_its_self_test() -> None:
+    from msa2net.runtimes import Predictor
+
+    with Predictor.load(runtime="pytorch", device="cuda") as segmenter:
+        assert segmenter.self_test().passed
+        assert "CUDA graph" in segmenter.execution.provider
+        assert not segmenter.execution.provider.endswith("reference")

@@ -444,10 +444,21 @@ def test_a_precision_the_bundle_lacks_is_refused_with_what_it_has() -> None:
         ({"threads": 0}, "threads: got 0, expected a whole number of at least 1"),
         ({"threads": 1.5}, "threads: got 1.5, expected a whole number of at least 1"),
         ({"runtime": "onnxruntime", "device": "GPU"}, "runtime 'onnxruntime': got device 'GPU', expected 'CPU'"),
-        ({"runtime": "pytorch", "device": "cuda"}, "runtime 'pytorch': got device 'cuda', expected 'CPU'"),
+        ({"runtime": "pytorch", "device": "cuda"}, "runtime 'pytorch': got device 'cuda', this PyTorch ("),
+        ({"runtime": "pytorch", "device": "cuda:x"}, "runtime 'pytorch': got device 'cuda:x', this PyTorch ("),
+        ({"runtime": "pytorch", "device": "GPU"}, "runtime 'pytorch': got device 'GPU', expected 'CPU'"),
         ({"runtime": "openvino", "device": "NPU"}, "runtime 'openvino': got device 'NPU', expected one of"),
     ],
-    ids=["precision", "no threads", "half a thread", "onnxruntime device", "pytorch device", "openvino device"],
+    ids=[
+        "precision",
+        "no threads",
+        "half a thread",
+        "onnxruntime device",
+        "no GPU",
+        "no number",
+        "pytorch device",
+        "openvino device",
+    ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(RuntimeUnavailableError) as caught:

@@ -24,7 +24,8 @@ from msa2net.core.kernels.reference import selection
 from msa2net.core.masag import MASAG
 from msa2net.core.maxvit import LayerScale, MaxViTBlock, MBConv, RelativePosition, Shortcut, WindowAttention
 from msa2net.core.network import MSA2Net, is_unused
-from msa2net.core.rewrites import EAGER_ONLY, NAMES, apply, chosen, rewritten
+from msa2net.core.rewrites import EAGER_ONLY, GPU_ONLY, NAMES, apply, chosen, rewritten
+from msa2net.core.rewrites.fused_gate import FusedGate
 from msa2net.core.rewrites.gate_selection import CollapsedMASAG
 from msa2net.core.rewrites.last_expansion import ProjectingExpand
 from msa2net.core.rewrites.packed_products import PackedConv, PackedLinear
@@ -718,3 +719,23 @@ def test_packed_products_leave_no_plain_layer_once_called(form: str) -> None:
     with torch.inference_mode():
         packed(image(3).float())
     assert names_of(packed, (nn.Conv2d, nn.Linear)) == set()
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("folded", [False, True], ids=["alone", "with_all"])
+def test_the_fused_gate_computes_what_the_reference_does(form: str, folded: bool) -> None:
+    others = set(EXACT) - {"gate_selection"} if folded else set()
+    assert logits_distance(form, 3, 3, {*others, *GPU_ONLY}, torch.float64) <= DOUBLE
+    model = rewritten(network(form), {*others, *GPU_ONLY})
+    gates = 3 if form == "dual_attention" else 2
+    assert sum(isinstance(module, FusedGate) for module in model.modules()) == gates
+    assert not names_of(model, MASAG)
+
+
+def test_the_fused_gate_is_an_alternative_to_the_selections_collapse() -> None:
+    sites = apply(copy.deepcopy(network("lka")), ["gate_selection", "fused_gate"])
+    assert sites == {"gate_selection": 2, "fused_gate": 0}
+    assert not set(GPU_ONLY) & {name for runtime in ("onnxruntime", "openvino", "pytorch") for name in chosen(runtime)}

@@ -1,7 +1,5 @@
-"""The CUDA library from Python: as PyTorch's operator, or its C API on tensors of any PyTorch.
-
-`build.py` builds it. `forward` is the operator, which needs PyTorch 2.13 or newer; `forward_c` calls the C API through
-ctypes.
+"""The CUDA library, built by `build.py`, from Python: as PyTorch's operator if it has been built for it, which needs
+PyTorch 2.13 or newer, else its C API through ctypes.
 """
 
 from __future__ import annotations
@@ -56,11 +54,10 @@ def library(folder: Path) -> ctypes.CDLL:
 
 @cache
 def _operator(folder: Path) -> Any:
-    """`torch.ops.msa2net.masag_cuda`. Raises KernelError."""
-    library(folder)  # which says what is wrong, if anything is
+    """`torch.ops.msa2net.masag_cuda`; None if it was not built, with a PyTorch before 2.13. Raises KernelError."""
     path = folder / build.BINDING
     if not path.exists():
-        raise KernelError(path, f"does not exist, and this is PyTorch {torch.__version__}", "expected 2.13", _BUILD)
+        return None
     try:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
@@ -72,7 +69,6 @@ def why_not(x: Tensor) -> str | None:
     """Why the library cannot compute the gate of this map; None if it can. It is loaded to see."""
     try:
         loaded = library(build.folder())
-        _operator(build.folder())
     except KernelError as error:
         return str(error)
     if x.is_cuda == hasattr(loaded, "host_device"):  # a library that runs on the host, for tests
@@ -86,8 +82,11 @@ def forward(
     x: Tensor, g: Tensor, weights: GateWeights, norm: tuple[Tensor, Tensor] | None = None, *, tf32: bool = False
 ) -> Tensor:
     """`reference.forward` by the library. The arguments are checked by the operator; what else fails, KernelError."""
+    operator = _operator(build.folder())
+    if operator is None:
+        return forward_c(x, g, weights, norm, tf32=tf32)
     try:
-        gate: Tensor = _operator(build.folder())(x, g, *weights, *(norm or (None, None)), tf32)
+        gate: Tensor = operator(x, g, *weights, *(norm or (None, None)), tf32)
     except RuntimeError as error:
         raise KernelError("kernel 'cuda'", str(error)) from error
     return gate
@@ -96,13 +95,13 @@ def forward(
 def forward_c(
     x: Tensor, g: Tensor, weights: GateWeights, norm: tuple[Tensor, Tensor] | None = None, *, tf32: bool = False
 ) -> Tensor:
-    """The same through the C API, on torch's current stream. Sizes of the weights are not checked."""
+    """The same through the C API, on torch's current stream."""
     loaded = library(build.folder())
     problem, size = Problem(*x.shape, _DTYPES[x.dtype], tf32), ctypes.c_size_t()
 
     def require(status: int) -> None:
         if status:
-            raise KernelError("masag_forward", loaded.masag_last_error().decode())
+            raise KernelError("kernel 'cuda'", loaded.masag_last_error().decode())
 
     require(loaded.masag_workspace_size(ctypes.byref(problem), ctypes.byref(size)))
     workspace = x.new_empty(size.value, dtype=torch.uint8)

@@ -34,6 +34,9 @@ NAMES = (
 )
 # For PyTorch alone: no exporter takes them.
 EAGER_ONLY = ("packed_products",)
+# For PyTorch on a GPU, in place of `gate_selection`; applied after all others.
+GPU_ONLY = ("fused_gate",)
+_ORDER = NAMES + GPU_ONLY
 
 
 def chosen(runtime: str) -> tuple[str, ...]:
@@ -54,12 +57,12 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
     if any(module.training for module in model.modules()):
         raise ValueError("model: got training mode, expected evaluation mode. Call model.eval() first.")
     names = set(names)
-    if unknown := sorted(names - set(NAMES)):
-        raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+    if unknown := sorted(names - set(_ORDER)):
+        raise ValueError(f"rewrites: got {unknown[0]!r}, expected some of {', '.join(_ORDER)}")
     before = getattr(model, "_rewrites", ())
     if before and names:
-        first, last = min(names, key=NAMES.index), max(before, key=NAMES.index)
-        if NAMES.index(first) <= NAMES.index(last):
+        first, last = min(names, key=_ORDER.index), max(before, key=_ORDER.index)
+        if _ORDER.index(first) <= _ORDER.index(last):
             raise ValueError(f"rewrites: {first} after {last}, which comes later or is the same. Apply all at once.")
     model._rewrites = (*before, *names)  # type: ignore[assignment]
     for path in ("backbone", "decoder_3", "decoder_2"):
@@ -68,7 +71,7 @@ def apply(model: MSA2Net, names: Iterable[str]) -> dict[str, int]:
             if all(is_unused(f"{path}.{name}.{key}", model.config) for key in layer.state_dict()):
                 owner.add_module(name, nn.Identity())
     sites = {}
-    for name in (name for name in NAMES if name in names):
+    for name in (name for name in _ORDER if name in names):
         sites[name] = import_module(f"{__name__}.{name}").apply(model)
         give_back()
     model.eval()  # the modules that are new, too

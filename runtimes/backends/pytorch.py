@@ -1,8 +1,12 @@
-"""PyTorch, eager, on weights mapped from the bundle's file: the reference network, rewritten as it loads."""
+"""PyTorch, on weights mapped from the bundle's file: the reference network, rewritten as it loads.
+
+On the CPU it runs eagerly; on a GPU, `device="cuda"` or "cuda:1", as one CUDA graph with the fused gates inside.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -41,9 +45,10 @@ class PyTorchBackend:
     ) -> None:
         from msa2net.core.config import ModelConfig
         from msa2net.core.network import MSA2Net, is_unused
-        from msa2net.core.rewrites import EAGER_ONLY, apply, chosen
+        from msa2net.core.rewrites import EAGER_ONLY, GPU_ONLY, apply, chosen
 
-        require_cpu("pytorch", device, precision)
+        target = _target(device)
+        require_cpu("pytorch", "CPU" if target.type == "cuda" else device, precision)
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeUnavailableError(
                 "runtime 'pytorch'",
@@ -61,29 +66,102 @@ class PyTorchBackend:
                 state[key] = torch.zeros((), dtype=value.dtype).expand(value.shape)
         model.load_state_dict(state, assign=True)  # strict: every key, in its shape
         (dtype,) = {parameter.dtype for parameter in model.parameters()}
-        self._model = model.eval()
-        packed: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        apply(model, (name for name in chosen("pytorch") if packed or name not in EAGER_ONLY))
+        model.eval()
+        contract = manifest.input
+        shape = (1, contract.channels, contract.height, contract.width)
+        if target.type == "cuda":
+            # Which of these pay on a GPU has not been measured.
+            apply(model, {*chosen("pytorch"), *GPU_ONLY} - {*EAGER_ONLY, "gate_selection"})
+            self._run: Callable[[torch.Tensor], torch.Tensor] = Graph(model.to(target), shape, target)
+            device_name, engine, threads = torch.cuda.get_device_name(target), f"CUDA graph, {_gates(model)}", 0
+        else:
+            packed: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            apply(model, (name for name in chosen("pytorch") if packed or name not in EAGER_ONLY))
+            self._run = lambda image: model(image.contiguous(memory_format=torch.channels_last))
+            device_name, engine = "CPU", "eager, oneDNN" if packed else "eager"
+            threads = torch.get_num_threads()
         self.facts = Facts(
             version=torch.__version__,
-            device="CPU",
-            provider="eager, oneDNN" if packed else "eager",
+            device=device_name,
+            provider=engine,
             precision={torch.float32: "fp32"}[dtype],
-            threads=torch.get_num_threads(),
+            threads=threads,
         )
-        contract = manifest.input
         # The first call packs weights, which two threads may not do at once.
-        self.infer(np.zeros((1, contract.channels, contract.height, contract.width), np.float32))
+        self.infer(np.zeros(shape, np.float32))
 
     @staticmethod
     def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
         return None
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        image = torch.from_numpy(x).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self._model(image).contiguous().numpy()
+            logits: NDArray[np.float32] = self._run(torch.from_numpy(x)).contiguous().numpy()
         return logits
 
     def close(self) -> None:
-        del self._model
+        del self._run
+
+
+class Graph:
+    """The network captured once as a CUDA graph: an image of `shape` on the CPU -> logits on the CPU, to keep.
+
+    float32 means IEEE here, too: cuDNN's default is tf32. One inference at a time; a second thread waits.
+    """
+
+    def __init__(self, model: torch.nn.Module, shape: tuple[int, ...], device: torch.device) -> None:
+        self._lock = Lock()
+        self._device = device
+        self._model = model  # the graph reads its weights where they are
+        ieee = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), torch.cuda.device(device), ieee:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._given = torch.zeros(shape, pin_memory=True)
+            self._image = torch.zeros(shape, device=device)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(3):  # libraries choose their kernels and take their memory before the capture
+                    model(self._image)
+            self._stream.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._logits = model(self._image).contiguous()
+            self._result = torch.empty(self._logits.shape, pin_memory=True)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._given.copy_(image)
+            self._image.copy_(self._given, non_blocking=True)
+            self._graph.replay()
+            self._result.copy_(self._logits, non_blocking=True)
+            self._stream.synchronize()
+            return self._result.clone()
+
+
+def _target(device: str) -> torch.device:
+    """The device that is meant. Raises RuntimeUnavailableError for a GPU that is not there."""
+    if not device.startswith("cuda"):
+        return torch.device("cpu")  # what else it may be called, `require_cpu` refuses
+    count = torch.cuda.device_count()
+    index = device.removeprefix("cuda").removeprefix(":") or "0"
+    if not index.isdecimal() or int(index) >= count:
+        found = f"this PyTorch ({torch.__version__}) finds {count or 'no'} GPU{'s' * (count != 1)}"
+        raise RuntimeUnavailableError(
+            "runtime 'pytorch'",
+            f"got device {device!r}, {found}",
+            "expected cuda or cuda:N of one that is there",
+            "Use device='CPU', or install a CUDA build of PyTorch and the driver.",
+        )
+    return torch.device("cuda", int(index))
+
+
+def _gates(model: torch.nn.Module) -> str:
+    """What computes the gates, to be read by people."""
+    from msa2net.core.rewrites.fused_gate import FusedGate
+
+    chosen = {
+        each.kernel_for(each.get_buffer("u").view(1, -1, 1, 1))
+        for each in model.modules()
+        if isinstance(each, FusedGate)
+    }
+    return f"gates by {' and '.join(sorted(chosen))}"
