@@ -408,17 +408,17 @@ def test_auto_says_why_it_passed_a_kernel_over(
 
 
 @pytest.mark.usefixtures("poisoned")
-@every_dtype
 @pytest.mark.parametrize(
-    ("shape", "norm"),
-    # The real sizes take seconds each: one of them with the LayerNorm.
+    ("shape", "norm", "dtype"),
+    # The real sizes take seconds each: one of them with the LayerNorm, and in bf16 in the slow part.
     [
-        (shape, norm)
-        for shape in SHAPES.values()
+        pytest.param(shape, norm, dtype, id=f"{name}-{'norm' if norm else 'gate'}-{precision}", marks=marks)
+        for name, shape in SHAPES.items()
         for norm in (False, True)
+        for precision, dtype in DTYPES.items()
+        for marks in [[pytest.mark.slow] if name in REAL and precision == "bf16" else []]
         if shape[1] < 96 or norm == (shape[1] == 192)
     ],
-    ids=str,
 )
 def test_fused_kernels_err_at_most_twice_as_much_as_pytorch(
     shape: tuple[int, ...], norm: bool, dtype: torch.dtype, fused: str
