@@ -22,8 +22,9 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --bundle $(DEMO).bundle --output $(DEMO)
 	$(BIN)/python -m benchmarks.latency --bundle $(DEMO).bundle --quick
 
+# Most tests use one core, so two files run at a time.
 test: $(VENV)/installed check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
