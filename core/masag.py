@@ -83,13 +83,17 @@ class MASAG(nn.Module):
         """What computes the gate of this map: "reference", "triton", "cuda", or None for `steps`.
 
         Kernels need frozen BatchNorms, so with live ones it is None. So it is, with "auto", on a CPU, where no fused
-        kernel can run, and under autocast, which mixes dtypes. Raises KernelError for a kernel named that cannot run.
+        kernel can run, and under autocast, which mixes dtypes. While the network is compiled or exported it is
+        `kernel`, "auto" included: the operator then chooses when it runs. Raises KernelError for a kernel named that
+        cannot run.
         """
         live = any(isinstance(each, nn.BatchNorm2d) and each.training for each in self.modules())
         if live or torch.onnx.is_in_onnx_export():
             return None
-        chosen = select(self.kernel, x)
         mixed = torch.is_autocast_enabled(x.device.type)
+        if torch.compiler.is_compiling():
+            return None if self.kernel == "auto" and (mixed or not x.is_cuda) else self.kernel
+        chosen = select(self.kernel, x)
         return None if self.kernel == "auto" and (chosen == "reference" or mixed) else chosen
 
     def forward(self, x: Tensor, g: Tensor) -> Tensor:

@@ -738,7 +738,21 @@ PALETTE = "got a palette in which 0 is white or another is black, expected 0 bla
         (Image.fromarray(RGB).convert("CMYK"), "got mode CMYK, expected a grey mask. Save it as grey PNG."),
         (LESION[:5], "got 5 rows x 7 columns, expected 11 x 7 as the image. Is it the mask of another image?"),
     ],
-    ids=str,
+    ids=[
+        "one pixel between",
+        "values without a rule",
+        "one value between",
+        "one fraction",
+        "one NaN",
+        "one negative",
+        "0 is white",
+        "all white",
+        "indices of a palette",
+        "colours",
+        "alpha",
+        "CMYK",
+        "another size",
+    ],
 )
 def test_a_mask_of_doubtful_meaning_is_refused(
     tmp_path: Path, mask: NDArray[Any] | Image.Image, told: str | None

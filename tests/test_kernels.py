@@ -264,14 +264,18 @@ class Tail(nn.Module):
         return torch.relu(self.gate(x, g))
 
 
-def test_export_and_compile_see_one_node_for_any_batch_and_size() -> None:
-    model = Tail("reference").eval()
+@pytest.mark.parametrize("kernel", ["reference", "triton", "cuda"])
+def test_export_and_compile_see_one_node_for_any_batch_and_size(kernel: str, request: pytest.FixtureRequest) -> None:
+    if kernel != "reference":
+        request.getfixturevalue({"triton": "interpreter", "cuda": "host"}[kernel])
+    model = Tail(kernel).eval()
     x, g = problem((2, 6, 5, 4), torch.float32)[:2]
     sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     program = torch.export.export(model, (x, g), dynamic_shapes=(sizes, sizes))
-    nodes = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert nodes.count(torch.ops.msa2net.masag.default) == 1
-    assert not [node for node in nodes if "conv" in str(node)]
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    (gate,) = (node for node in nodes if node.target == torch.ops.msa2net.masag.default)
+    assert kernel in gate.args
+    assert not [node for node in nodes if "conv" in str(node.target)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((2, 6, 5, 4), (3, 6, 9, 8)):
         x, g = problem(shape, torch.float32)[:2]
@@ -394,14 +398,17 @@ class OnGpu:
 @pytest.mark.parametrize(
     ("capability", "chosen", "said"), [((8, 7), "triton", ""), ((7, 5), "reference", "compute capability 7.5")]
 )
-def test_auto_says_why_it_passed_a_kernel_over(
+def test_auto_says_once_what_it_took_and_why_not_another(
     capability: tuple[int, int], chosen: str, said: str, monkeypatch: Any, caplog: Any
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    operator._say.cache_clear()
     with caplog.at_level("INFO", operator.__name__):
-        assert select("auto", OnGpu()) == chosen  # type: ignore[arg-type]
+        for _ in range(2):
+            assert select("auto", OnGpu()) == chosen  # type: ignore[arg-type]
     assert said in caplog.text
+    assert caplog.text.count(f"kernel 'auto' took {chosen}") == 1
 
 
 # Fused, on the CPU --------------------------------------------------------------------------------------------------
