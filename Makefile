@@ -22,13 +22,13 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --bundle $(DEMO).bundle --output $(DEMO)
 	$(BIN)/python -m benchmarks.latency --bundle $(DEMO).bundle --quick
 
-# Most tests use one core, so two files run at a time.
 test: $(VENV)/installed check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror core/kernels/csrc/*.[ch]* tests/*.cpp
 	mkdir -p build/types && ln -sfn ../.. build/types/msa2net
 	MYPYPATH=build/types $(BIN)/mypy -p msa2net
 

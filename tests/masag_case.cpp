@@ -1,6 +1,6 @@
 // Runs gates through the C API, as a device's program would: `masag_case FILE...`, each a case that
-// `test_cuda.py` wrote; the result goes to FILE.out. Every buffer has its exact size, so that a sanitizer sees each step
-// beyond it.
+// `test_cuda.py` wrote; the result goes to FILE.out. Every buffer has its exact size, so that a sanitizer sees each
+// step beyond it.
 
 #include <cstdio>
 #include <cstdlib>

@@ -43,18 +43,22 @@ masag_map map_of(const Tensor& tensor) {
   return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }
 
-Tensor masag(const Tensor& x, const Tensor& g, const Tensor& depthwise, const Tensor& depthwise_bias, const Tensor& dilated,
-             const Tensor& dilated_bias, const Tensor& u, const Tensor& context, const Tensor& projection,
-             const Tensor& projection_bias, const Tensor& output, const Tensor& output_bias,
+Tensor masag(const Tensor& x, const Tensor& g, const Tensor& depthwise, const Tensor& depthwise_bias,
+             const Tensor& dilated, const Tensor& dilated_bias, const Tensor& u, const Tensor& context,
+             const Tensor& projection, const Tensor& projection_bias, const Tensor& output, const Tensor& output_bias,
              const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, bool tf32) {
   require(x.dim() == 4 && g.dim() == 4, "x, g: expected (B, C, H, W)");
   for (int i = 0; i < 4; ++i) require(x.size(i) == g.size(i), "g: expected the shape of x");
-  require(g.scalar_type() == x.scalar_type() && g.get_device_index() == x.get_device_index() && g.is_cuda() == x.is_cuda(),
-          "g: expected x's dtype and device");
+  require(
+      g.scalar_type() == x.scalar_type() && g.get_device_index() == x.get_device_index() && g.is_cuda() == x.is_cuda(),
+      "g: expected x's dtype and device");
   const ScalarType type = x.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
           "x: expected float32, float16 or bfloat16");
-  const masag_problem problem{x.size(0), x.size(1), x.size(2), x.size(3),
+  const masag_problem problem{x.size(0),
+                              x.size(1),
+                              x.size(2),
+                              x.size(3),
                               type == ScalarType::Float  ? MASAG_FLOAT32
                               : type == ScalarType::Half ? MASAG_FLOAT16
                                                          : MASAG_BFLOAT16,
@@ -78,8 +82,8 @@ Tensor masag(const Tensor& x, const Tensor& g, const Tensor& depthwise, const Te
   const cudaStream_t stream = nullptr;
 #else
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const auto stream = static_cast<cudaStream_t>(
-      torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle());
+  const auto stream =
+      static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(x.get_device_index()).nativeHandle());
 #endif
   size_t bytes = 0;
   require(masag_workspace_size(&problem, &bytes));

@@ -1,4 +1,5 @@
-// The scheduler behind `host.h`. Compiled without sanitizers: they are told of the coroutines, and see the kernels alone.
+// The scheduler behind `host.h`. Compiled without sanitizers: they are told of the coroutines, and see the kernels
+// alone.
 
 #include "host.h"
 
@@ -137,7 +138,8 @@ void run_block() {
         left += !fibers[i]->done;
       }
     if (!progress) {
-      std::fprintf(stderr, "deadlock: %d of %d threads wait at a barrier that the others do not reach\n", left, threads);
+      std::fprintf(stderr, "deadlock: %d of %d threads wait at a barrier that the others do not reach\n", left,
+                   threads);
       std::abort();
     }
   }
@@ -226,8 +228,8 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>&
 
 // The runtime --------------------------------------------------------------------------------------------------------
 
-// Chooses the device that the library sees: 87 for 8.7, its multiprocessors, a pointer that is not the device's memory, an
-// error of every launch (0 for none), and whether copies to shared memory arrive at once or as late as they may.
+// Chooses the device that the library sees: 87 for 8.7, its multiprocessors, a pointer that is not the device's memory,
+// an error of every launch (0 for none), and whether copies to shared memory arrive at once or as late as they may.
 extern "C" void host_device(int new_capability, int new_processors, const void* new_foreign, int new_launch_error,
                             int new_copies_at_once) {
   capability = new_capability;
@@ -257,7 +259,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device" : "error";
+  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available for execution on the device"
+                                                  : "error";
 }
 
 cudaError_t host_launch_error() { return launch_error; }

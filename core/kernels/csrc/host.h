@@ -2,8 +2,8 @@
 //
 // A block's threads are coroutines of one thread, which change places at barriers and in the instructions of a warp;
 // blocks run one after the other. Shared memory is allocated for each block in its exact size and begins as NaN. Copies
-// from global to shared memory happen as late as CUDA allows, or, by `host_device`, at once: what does not wait for them,
-// or overwrites what is still read, gives wrong numbers or, under the thread sanitizer, a race.
+// from global to shared memory happen as late as CUDA allows, or, by `host_device`, at once: what does not wait for
+// them, or overwrites what is still read, gives wrong numbers or, under the thread sanitizer, a race.
 #pragma once
 
 #include <cmath>
@@ -60,8 +60,10 @@ inline uint32_t bits_of(float value) {
 }
 
 inline void copy(const Copy& one) {
-  if (one.real) std::memcpy(one.to, one.from, 16);
-  else std::memset(one.to, 0, 16);
+  if (one.real)
+    std::memcpy(one.to, one.from, 16);
+  else
+    std::memset(one.to, 0, 16);
 }
 
 }  // namespace host
@@ -90,8 +92,10 @@ inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 
 inline unsigned char* shared_memory() { return host::shared_memory(); }
 inline void copy_async(void* to, const void* from, bool real) {
-  if (host::copies_at_once) host::copy({to, from, real});
-  else host::push({to, from, real});
+  if (host::copies_at_once)
+    host::copy({to, from, real});
+  else
+    host::push({to, from, real});
 }
 inline void commit_copies() { host::commit(); }
 template <int LEFT>
@@ -113,11 +117,17 @@ namespace host {
 template <typename T>
 float element(uint32_t word, int i);
 template <>
-inline float element<float>(uint32_t word, int) { return bits_as<float>(word & ~0x1fffu); }
+inline float element<float>(uint32_t word, int) {
+  return bits_as<float>(word & ~0x1fffu);
+}
 template <>
-inline float element<__half>(uint32_t word, int i) { return __half2float(bits_as<__half>(word >> 16 * i)); }
+inline float element<__half>(uint32_t word, int i) {
+  return __half2float(bits_as<__half>(word >> 16 * i));
+}
 template <>
-inline float element<__nv_bfloat16>(uint32_t word, int i) { return bits_as<float>(word >> 16 * i << 16); }
+inline float element<__nv_bfloat16>(uint32_t word, int i) {
+  return bits_as<float>(word >> 16 * i << 16);
+}
 
 }  // namespace host
 
@@ -131,8 +141,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     for (int word = 0; word < 8; ++word) {
       const uint32_t of_a = all[(row % 8 * 4 + word % 4) * 6 + row / 8 + word / 4 * 2];
       const uint32_t of_b = all[(column * 4 + word % 4) * 6 + 4 + word / 4];
-      for (int j = 0; j < int(4 / sizeof(T)); ++j)
-        d[i] += host::element<T>(of_a, j) * host::element<T>(of_b, j);
+      for (int j = 0; j < int(4 / sizeof(T)); ++j) d[i] += host::element<T>(of_a, j) * host::element<T>(of_b, j);
     }
   }
 }
@@ -164,7 +173,8 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t host_launch_error();
 
 template <typename... Parameters>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Parameters... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Parameters... arguments) {
   if (const cudaError_t error = host_launch_error(); error != cudaSuccess) return error;
   host::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return cudaSuccess;

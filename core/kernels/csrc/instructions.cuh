@@ -20,7 +20,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 // Starts to copy 16 bytes from global to shared memory, or to fill them with zeros; the source is then not read.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool real) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(real ? 16 : 0)
+               : "memory");
 }
 
 // The copies started since the last call become a group.
@@ -42,14 +43,14 @@ __device__ __forceinline__ uint32_t to_tf32(uint32_t word) {
 }
 
 // d += A B of a warp, A 16 rows and B 8 columns of eight 32-bit words each: 8 of tf32 or 16 of two bytes.
-// With lane = 4 g + t:  a = A's words (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b = B's words t and t + 4 of column
-// g;  d = rows g and g + 8, columns 2 t and 2 t + 1. (PTX ISA, mma.m16n8k16 and m16n8k8.)
+// With lane = 4 g + t:  a = A's words (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b = B's words t and t + 4 of
+// column g;  d = rows g and g + 8, columns 2 t and 2 t + 1. (PTX ISA, mma.m16n8k16 and m16n8k8.)
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 #define MASAG_MULTIPLY_ADD(TYPE, NAME)                                                                             \
   template <>                                                                                                      \
-  __device__ __forceinline__ void multiply_add<TYPE>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+  __device__ __forceinline__ void multiply_add<TYPE>(float(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) { \
     asm volatile("mma.sync.aligned." NAME " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                              \

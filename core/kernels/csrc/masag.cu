@@ -6,17 +6,16 @@
 // 3. gate_kernel      sums these, selects, modulates, and runs both 1 x 1 convolutions with what is between them in
 //                     shared memory; with a norm also the residual sum and the LayerNorm
 //
-// Sums are in fp32 whatever the dtype, each in one order, so that equal inputs give equal bits. No kernel takes more than
-// 48 KiB of shared memory, which every GPU gives without being asked.
+// Sums are in fp32 whatever the dtype, each in one order, so that equal inputs give equal bits. No kernel takes more
+// than 48 KiB of shared memory, which every GPU gives without being asked.
 //
 // B batch, C channels, H W rows and columns, N = B H W pixels, T the dtype. A word is 32 bits, a slab 8 words.
-
-#include "masag.h"
 
 #include <cstdarg>
 #include <cstdio>
 
 #include "instructions.cuh"
+#include "masag.h"
 
 namespace {
 
@@ -34,11 +33,17 @@ __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162
 template <typename T>
 __device__ __forceinline__ T narrow(float value);
 template <>
-__device__ __forceinline__ float narrow<float>(float value) { return value; }
+__device__ __forceinline__ float narrow<float>(float value) {
+  return value;
+}
 template <>
-__device__ __forceinline__ __half narrow<__half>(float value) { return __float2half_rn(value); }
+__device__ __forceinline__ __half narrow<__half>(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 template <typename T>
 constexpr int PER_WORD = 4 / sizeof(T);
@@ -69,19 +74,20 @@ struct Map {
   int64_t b, c, h, w;
 
   explicit Map(const masag_map& map)
-      : data(static_cast<const T*>(map.data)), b(map.strides[0]), c(map.strides[1]), h(map.strides[2]),
+      : data(static_cast<const T*>(map.data)),
+        b(map.strides[0]),
+        c(map.strides[1]),
+        h(map.strides[2]),
         w(map.strides[3]) {}
   // Its first channel at a pixel.
-  __device__ const T* at(const Place& place) const {
-    return data + place.image * b + place.row * h + place.column * w;
-  }
+  __device__ const T* at(const Place& place) const { return data + place.image * b + place.row * h + place.column * w; }
 };
 
 // Products -----------------------------------------------------------------------------------------------------------
 //
-// A warp multiplies 16 MT rows of A by 8 NT rows of B, both with the inputs of a row beside one another. `A` and `B` give
-// word(row, i), and four(row, i): the words 4 i to 4 i + 3. The sums lie over the lanes as `multiply_add` has them, on
-// tensor cores and off them:
+// A warp multiplies 16 MT rows of A by 8 NT rows of B, both with the inputs of a row beside one another. `A` and `B`
+// give word(row, i), and four(row, i): the words 4 i to 4 i + 3. The sums lie over the lanes as `multiply_add` has
+// them, on tensor cores and off them:
 
 // The row and column, within its 16 by 8 tile, of sum `i` of a lane.
 __device__ __forceinline__ int row_of(int i, int lane) { return lane / 4 + i / 2 * 8; }
@@ -145,8 +151,8 @@ __device__ __forceinline__ float sum_of_row(float value) {
   return value + shuffle_xor(value, 2);
 }
 
-// Rows of `BYTES` in shared memory, copied 16 bytes at a time. The copies of neighbouring rows are stored in another order,
-// so that a warp's rows fall into different banks.
+// Rows of `BYTES` in shared memory, copied 16 bytes at a time. The copies of neighbouring rows are stored in another
+// order, so that a warp's rows fall into different banks.
 template <int BYTES>
 struct Swizzled {
   static constexpr int COPIES = BYTES / 16;
@@ -156,9 +162,7 @@ struct Swizzled {
   __device__ unsigned char* copy(int row, int i) const {
     return rows + row * BYTES + (i ^ (COPIES == 8 ? row % 8 : row / 2 % 4)) * 16;
   }
-  __device__ uint32_t word(int row, int i) const {
-    return reinterpret_cast<const uint32_t*>(copy(row, i / 4))[i % 4];
-  }
+  __device__ uint32_t word(int row, int i) const { return reinterpret_cast<const uint32_t*>(copy(row, i / 4))[i % 4]; }
   __device__ float4 four(int row, int i) const { return *reinterpret_cast<const float4*>(copy(row, i)); }
 };
 
@@ -271,8 +275,8 @@ __global__ void __launch_bounds__(CONTEXT_THREADS)
   }
 }
 
-// How a block of `dilated_kernel` shares its tile: warps along pixels, channels and inputs, each MT by NT tiles of 16 pixels
-// by 8 channels; ROW bytes of each pixel's and channel's inputs at a time, STAGES of them on their way.
+// How a block of `dilated_kernel` shares its tile: warps along pixels, channels and inputs, each MT by NT tiles of 16
+// pixels by 8 channels; ROW bytes of each pixel's and channel's inputs at a time, STAGES of them on their way.
 template <int WARPS_M, int WARPS_N, int WARPS_K, int MT_, int NT_, int ROW_, int STAGES_>
 struct Tile {
   static constexpr int MT = MT_, NT = NT_, ROW = ROW_, STAGES = STAGES_;
@@ -287,10 +291,10 @@ struct Tile {
   static_assert(PIXELS * COPIES % THREADS == 0, "each thread copies parts of the same pixels all the time");
 };
 // From the smallest to the largest. Channels of the released gates are multiples of 96.
-using Tiny = Tile<1, 1, 4, 1, 4, 128, 4>;    // 16 pixels by 32 channels, every warp a quarter of the inputs
-using Small = Tile<2, 2, 1, 1, 3, 128, 4>;   // 32 by 48
-using Medium = Tile<2, 2, 1, 2, 6, 64, 4>;   // 64 by 96
-using Large = Tile<4, 2, 1, 2, 6, 64, 3>;    // 128 by 96
+using Tiny = Tile<1, 1, 4, 1, 4, 128, 4>;       // 16 pixels by 32 channels, every warp a quarter of the inputs
+using Small = Tile<2, 2, 1, 1, 3, 128, 4>;      // 32 by 48
+using Medium = Tile<2, 2, 1, 2, 6, 64, 4>;      // 64 by 96
+using Large = Tile<4, 2, 1, 2, 6, 64, 3>;       // 128 by 96
 constexpr int LEAST_CHANNELS = Tiny::CHANNELS;  // so that no tile needs a larger workspace
 
 // Grid: tiles of pixels by tiles of channels. `aligned`: every row of the weights begins at a multiple of 16 bytes.
@@ -351,7 +355,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
   }
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<Tile::STAGES - 2>();
-    __syncthreads();  // this step's rows have arrived, and all are done with the last step's, which the next fetch replaces
+    __syncthreads();  // this step's rows have arrived, and all are done with the last step's, which the next fetch
+                      // replaces
     if (step + Tile::STAGES - 1 < steps) fetch(step + Tile::STAGES - 1);
     commit_copies();
     const Swizzled<Tile::ROW> a{shared + step % Tile::STAGES * Tile::STAGE + warp_m * 16 * MT * Tile::ROW};
@@ -369,13 +374,15 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (warp_k > 0)
       for (int m = 0; m < MT; ++m)
         for (int n = 0; n < NT; ++n)
-          for (int i = 0; i < 4; ++i) others[(((warp_k - 1) * MT + m) * NT + n) * 4 * WARP + i * WARP + lane] = sums[m][n][i];
+          for (int i = 0; i < 4; ++i)
+            others[(((warp_k - 1) * MT + m) * NT + n) * 4 * WARP + i * WARP + lane] = sums[m][n][i];
     __syncthreads();
     if (warp_k == 0)
       for (int other = 0; other < Tile::ALONG_K - 1; ++other)
         for (int m = 0; m < MT; ++m)
           for (int n = 0; n < NT; ++n)
-            for (int i = 0; i < 4; ++i) sums[m][n][i] += others[((other * MT + m) * NT + n) * 4 * WARP + i * WARP + lane];
+            for (int i = 0; i < 4; ++i)
+              sums[m][n][i] += others[((other * MT + m) * NT + n) * 4 * WARP + i * WARP + lane];
   }
   if (warp_k == 0) {
 #pragma unroll
@@ -412,14 +419,17 @@ struct GateShape {
   int slabs, pitch, warps;
   size_t shared;
   GateShape(int channels, int per_word, int mt)
-      : slabs(divide_up(channels, SLAB * per_word)), pitch(slabs * SLAB + 4), warps(divide_up(channels, 8 * GATE_TILES)),
+      : slabs(divide_up(channels, SLAB * per_word)),
+        pitch(slabs * SLAB + 4),
+        warps(divide_up(channels, 8 * GATE_TILES)),
         shared(size_t(16 * mt) * (pitch + 1 + warps) * 4) {}
 };
 
-// Grid: tiles of 16 MT pixels; threads: warps of 24 channels each. WHOLE: channels fill the warps and the slabs, and the
-// matrices begin at multiples of 16 bytes. Without `norm_weight` it writes the gate, (B, C, H, W), else (B, H, W, C).
+// Grid: tiles of 16 MT pixels; threads: warps of 24 channels each. WHOLE: channels fill the warps and the slabs, and
+// the matrices begin at multiples of 16 bytes. Without `norm_weight` it writes the gate, (B, C, H, W), else (B, H, W,
+// C).
 template <typename T, bool TENSOR, int MT, bool WHOLE>
-__global__ void __launch_bounds__(GATE_WARPS * WARP, 1)
+__global__ void __launch_bounds__(GATE_WARPS* WARP, 1)
     gate_kernel(Map<T> x, Map<T> g, const float* partial, int tiles, const float* context, const T* projection,
                 const T* projection_bias, const T* output, const T* output_bias, const T* norm_weight,
                 const T* norm_bias, T* out, Sizes sizes, int slabs, bool across) {
@@ -499,11 +509,9 @@ __global__ void __launch_bounds__(GATE_WARPS * WARP, 1)
     });
     return;
   }
-  each([&](float& sum, int, const Place& place, int c) {
-    sum += widen(output_bias[c]) + widen(g.at(place)[c * g.c]);
-  });
+  each([&](float& sum, int, const Place& place, int c) { sum += widen(output_bias[c]) + widen(g.at(place)[c * g.c]); });
   // The mean over all channels of `term` of each sum, for the lane's rows.
-  const auto mean = [&](float (&means)[MT][2], auto&& term) {
+  const auto mean = [&](float(&means)[MT][2], auto&& term) {
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
 #pragma unroll
@@ -547,7 +555,8 @@ __global__ void __launch_bounds__(GATE_WARPS * WARP, 1)
       for (int n = 0; n < NT; ++n) {
         const int c = first_channel + 8 * n + column_of(i, lane);
         if (WHOLE || c < C)
-          out[pixel * C + c] = narrow<T>((sums[m][n][i] - centre[m][i / 2]) * scale * widen(norm_weight[c]) + widen(norm_bias[c]));
+          out[pixel * C + c] =
+              narrow<T>((sums[m][n][i] - centre[m][i / 2]) * scale * widen(norm_weight[c]) + widen(norm_bias[c]));
       }
     }
   }
@@ -615,8 +624,8 @@ template <typename T, bool TENSOR, typename Tile>
 cudaError_t launch_dilated(const Call& call, int* tiles) {
   *tiles = divide_up(call.sizes.channels, Tile::CHANNELS);
   const bool aligned = call.sizes.channels * sizeof(T) % 16 == 0 && is_aligned(call.weights.dilated, 16);
-  return launch(dilated_kernel<T, TENSOR, Tile>, dim3(divide_up(call.sizes.pixels, Tile::PIXELS), *tiles), Tile::THREADS,
-                size_t(Tile::STAGE) * Tile::STAGES, call, of<T>(call.t), of<T>(call.weights.dilated),
+  return launch(dilated_kernel<T, TENSOR, Tile>, dim3(divide_up(call.sizes.pixels, Tile::PIXELS), *tiles),
+                Tile::THREADS, size_t(Tile::STAGE) * Tile::STAGES, call, of<T>(call.t), of<T>(call.weights.dilated),
                 of<T>(call.weights.dilated_bias), of<T>(call.weights.u), call.partial, call.sizes, aligned);
 }
 
@@ -637,15 +646,20 @@ template <typename T, bool TENSOR>
 cudaError_t launch_all(const Call& call) {
   const masag_weights& w = call.weights;
   const dim3 grid(divide_up(call.sizes.pixels, CONTEXT_TILE), divide_up(call.sizes.padded(), CONTEXT_TILE) + 1);
-  cudaError_t error = launch(context_kernel<T>, grid, CONTEXT_THREADS, CONTEXT_SHARED, call, Map<T>(call.x), Map<T>(call.g),
-                             of<T>(w.depthwise), of<T>(w.depthwise_bias), of<T>(w.context), static_cast<T*>(call.t),
-                             call.context, call.sizes, call.x.strides[1] == 1, call.g.strides[1] == 1);
+  cudaError_t error =
+      launch(context_kernel<T>, grid, CONTEXT_THREADS, CONTEXT_SHARED, call, Map<T>(call.x), Map<T>(call.g),
+             of<T>(w.depthwise), of<T>(w.depthwise_bias), of<T>(w.context), static_cast<T*>(call.t), call.context,
+             call.sizes, call.x.strides[1] == 1, call.g.strides[1] == 1);
   if (error != cudaSuccess) return error;
   int tiles;
-  if (fills(call, Large::PIXELS, Large::CHANNELS)) error = launch_dilated<T, TENSOR, Large>(call, &tiles);
-  else if (fills(call, Medium::PIXELS, Medium::CHANNELS)) error = launch_dilated<T, TENSOR, Medium>(call, &tiles);
-  else if (fills(call, Small::PIXELS, Small::CHANNELS)) error = launch_dilated<T, TENSOR, Small>(call, &tiles);
-  else error = launch_dilated<T, TENSOR, Tiny>(call, &tiles);
+  if (fills(call, Large::PIXELS, Large::CHANNELS))
+    error = launch_dilated<T, TENSOR, Large>(call, &tiles);
+  else if (fills(call, Medium::PIXELS, Medium::CHANNELS))
+    error = launch_dilated<T, TENSOR, Medium>(call, &tiles);
+  else if (fills(call, Small::PIXELS, Small::CHANNELS))
+    error = launch_dilated<T, TENSOR, Small>(call, &tiles);
+  else
+    error = launch_dilated<T, TENSOR, Tiny>(call, &tiles);
   if (error != cudaSuccess) return error;
   const auto fitting = [&](int mt) {
     return fills(call, 16 * mt, call.sizes.channels) &&
@@ -668,11 +682,13 @@ masag_status check_problem(const masag_problem* problem, Sizes* sizes) {
     const auto got = static_cast<long long>(values[i]);
     if (got < 1) return fail(MASAG_INVALID_ARGUMENT, "%s: got %lld, expected at least 1", names[i], got);
     if (got > most[i])
-      return fail(MASAG_UNSUPPORTED, "%s: got %lld, this library takes at most %lld", names[i], got, (long long)most[i]);
+      return fail(MASAG_UNSUPPORTED, "%s: got %lld, this library takes at most %lld", names[i], got,
+                  (long long)most[i]);
   }
   if (problem->batch > MASAG_MOST_PIXELS / problem->height ||
       problem->batch * problem->height > MASAG_MOST_PIXELS / problem->width)
-    return fail(MASAG_UNSUPPORTED, "batch x height x width: got %lld x %lld x %lld, this library takes at most %d pixels",
+    return fail(MASAG_UNSUPPORTED,
+                "batch x height x width: got %lld x %lld x %lld, this library takes at most %d pixels",
                 (long long)problem->batch, (long long)problem->height, (long long)problem->width, MASAG_MOST_PIXELS);
   if (problem->dtype < MASAG_FLOAT32 || problem->dtype > MASAG_BFLOAT16)
     return fail(MASAG_INVALID_ARGUMENT, "dtype: got %d, expected MASAG_FLOAT32, MASAG_FLOAT16 or MASAG_BFLOAT16",
@@ -686,16 +702,19 @@ size_t workspace_bytes_of(const Sizes& sizes, int32_t dtype) {
   return bytes_of_t(sizes, dtype) + bytes_of_context(sizes) * (1 + divide_up(sizes.channels, LEAST_CHANNELS));
 }
 
-// Whether the current device's kernels may use the memory: an error here would otherwise end the whole process's context.
+// Whether the current device's kernels may use the memory: an error here would otherwise end the whole process's
+// context.
 masag_status check_pointer(const char* name, const void* pointer, size_t alignment, int device) {
   if (pointer == nullptr) return fail(MASAG_INVALID_ARGUMENT, "%s: got a null pointer", name);
   if (!is_aligned(pointer, alignment))
-    return fail(MASAG_INVALID_ARGUMENT, "%s: got the address %p, expected a multiple of %d", name, pointer, int(alignment));
+    return fail(MASAG_INVALID_ARGUMENT, "%s: got the address %p, expected a multiple of %d", name, pointer,
+                int(alignment));
   cudaPointerAttributes attributes{};
   if (const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer); error != cudaSuccess)
     return fail(MASAG_CUDA_ERROR, "%s: %s", name, cudaGetErrorString(error));
   if (attributes.type == cudaMemoryTypeUnregistered)
-    return fail(MASAG_INVALID_ARGUMENT, "%s: got pageable memory of the host, expected memory of device %d", name, device);
+    return fail(MASAG_INVALID_ARGUMENT, "%s: got pageable memory of the host, expected memory of device %d", name,
+                device);
   if (attributes.type == cudaMemoryTypeDevice && attributes.device != device)
     return fail(MASAG_INVALID_ARGUMENT, "%s: got memory of device %d, expected device %d, the current one", name,
                 attributes.device, device);
@@ -725,7 +744,8 @@ masag_status check_device(int* device, int* processors) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, *device);
   if (error != cudaSuccess) return fail(MASAG_CUDA_ERROR, "the current device: %s", cudaGetErrorString(error));
   if (major < 8)
-    return fail(MASAG_UNSUPPORTED, "device %d has compute capability %d.%d, expected 8.0 or newer", *device, major, minor);
+    return fail(MASAG_UNSUPPORTED, "device %d has compute capability %d.%d, expected 8.0 or newer", *device, major,
+                minor);
   return MASAG_OK;
 }
 
@@ -810,9 +830,12 @@ masag_status masag_forward(const masag_problem* problem, const masag_map* x, con
   auto partial = context + bytes_of_context(sizes) / sizeof(float);
   const Call call{*problem, *x, *g, *weights, out, workspace, context, partial, sizes, processors, stream};
   cudaError_t error;
-  if (problem->dtype == MASAG_FLOAT16) error = launch_all<__half, true>(call);
-  else if (problem->dtype == MASAG_BFLOAT16) error = launch_all<__nv_bfloat16, true>(call);
-  else error = problem->tf32 ? launch_all<float, true>(call) : launch_all<float, false>(call);
+  if (problem->dtype == MASAG_FLOAT16)
+    error = launch_all<__half, true>(call);
+  else if (problem->dtype == MASAG_BFLOAT16)
+    error = launch_all<__nv_bfloat16, true>(call);
+  else
+    error = problem->tf32 ? launch_all<float, true>(call) : launch_all<float, false>(call);
   if (error == cudaSuccess) return MASAG_OK;
   cudaGetLastError();  // so that the caller's next check does not find ours
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)

@@ -35,7 +35,7 @@ enum { MASAG_MOST_CHANNELS = 384, MASAG_MOST_PIXELS = 1 << 30 };
 typedef struct {
   int64_t batch, channels, height, width;
   int32_t dtype; /* a masag_dtype: of every map and weight */
-  int32_t tf32;  /* not 0: products of float32 in tf32, 10 bits of mantissa; else IEEE. Of other dtypes without effect */
+  int32_t tf32; /* not 0: products of float32 in tf32, 10 bits of mantissa; else IEEE. Of other dtypes without effect */
 } masag_problem;
 
 /* (batch, channels, height, width); strides in elements, not negative. */
@@ -65,9 +65,9 @@ masag_status masag_workspace_size(const masag_problem* problem, size_t* bytes);
 
 /* Enqueues the gate of the skip map x and the decoder's map g on `stream`.
  *
- * out        without a norm the gate, contiguous (batch, channels, height, width); with one LayerNorm(g + gate), contiguous
- *            (batch, height, width, channels). It overlaps neither map nor the workspace
- * workspace  at least masag_workspace_size bytes, aligned to 16; free for other use when the stream is past the gate
+ * out        without a norm the gate, contiguous (batch, channels, height, width); with one LayerNorm(g + gate),
+ * contiguous (batch, height, width, channels). It overlaps neither map nor the workspace workspace  at least
+ * masag_workspace_size bytes, aligned to 16; free for other use when the stream is past the gate
  *
  * What it cannot do is refused before anything is enqueued. The caller sees to it that memory is as large as it says.
  */
