@@ -630,7 +630,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         apply(model, ["batch_norm", "fuse"])
     assert str(caught.value) == (
         "rewrites: got 'fuse', expected some of position_table, batch_norm, attention_scale, layer_scale, norm_affine, "
-        "attention_heads, lka_block, gate_selection, last_expansion, window_order, packed_products"
+        "attention_heads, lka_block, gate_selection, last_expansion, window_order, packed_products, fused_gate"
     )
     assert names_of(model, nn.BatchNorm2d)
 
