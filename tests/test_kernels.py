@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -745,12 +745,12 @@ SANITIZERS = {
 NUMBERS = {dtype: i for i, dtype in enumerate(DTYPES.values())}
 
 
-def sanitized(name: str, output: Path, source: Path = SOURCES / "masag.cu") -> Path:
+def sanitized(name: str, output: Path, source: Path = SOURCES / "masag.cu", optimise: str = "-O0") -> Path:
     """Builds `masag_case` with a sanitizer."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     *flags, macro = SANITIZERS[name]
-    on_host(*flags, "-O0", "-g", CASES, "-o", output / "masag_case", source=source, macro=macro)
+    on_host(*flags, optimise, "-g", CASES, "-o", output / "masag_case", source=source, macro=macro)
     return output / "masag_case"
 
 
@@ -777,11 +777,16 @@ def result(path: Path, arguments: list[Tensor]) -> Tensor:
     return found.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
-def run_cases(program: Path, shapes: list[tuple[int, ...]]) -> None:
+def run_cases(
+    program: Path,
+    shapes: Iterable[tuple[int, ...]],
+    norms: tuple[bool, ...] = (False, True),
+    devices: tuple[tuple[int, bool], ...] = ((1, False), (10**6, True)),
+) -> None:
     """Every dtype, with and without norm, with the smallest tiles and the largest: against float64."""
     cases = []
     for number, (shape, dtype, norm, (processors, at_once)) in enumerate(
-        itertools.product(shapes, DTYPES.values(), (False, True), ((1, False), (10**6, True)))
+        itertools.product(shapes, DTYPES.values(), norms, devices)
     ):
         arguments = problem(shape, dtype, norm)
         cases.append((case(program.parent / f"{number}.case", arguments, processors, at_once), arguments))
@@ -803,7 +808,7 @@ def test_the_thread_sanitizer_finds_no_race(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_address_sanitizer_finds_nothing_at_the_real_sizes(tmp_path: Path) -> None:
-    run_cases(sanitized("address", tmp_path), list(SHAPES.values()))
+    run_cases(sanitized("address", tmp_path, optimise="-O2"), REAL.values(), norms=(True,), devices=((16, False),))
 
 
 SYNCHRONISES = re.compile(r"__syncthreads\(\);|(?<!void )(wait_for_copies<.*?>|commit_copies)\(\);")
