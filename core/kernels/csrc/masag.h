@@ -65,9 +65,10 @@ masag_status masag_workspace_size(const masag_problem* problem, size_t* bytes);
 
 /* Enqueues the gate of the skip map x and the decoder's map g on `stream`.
  *
- * out        without a norm the gate, contiguous (batch, channels, height, width); with one LayerNorm(g + gate),
- * contiguous (batch, height, width, channels). It overlaps neither map nor the workspace workspace  at least
- * masag_workspace_size bytes, aligned to 16; free for other use when the stream is past the gate
+ * - `out`: without a norm the gate, contiguous (batch, channels, height, width); with one LayerNorm(g + gate),
+ *   contiguous (batch, height, width, channels). It overlaps nothing that is read, nor the workspace.
+ * - `workspace`: at least masag_workspace_size bytes, aligned to 16, that overlap nothing else; free for other use when
+ *   the stream is past the gate.
  *
  * What it cannot do is refused before anything is enqueued. The caller sees to it that memory is as large as it says.
  */
