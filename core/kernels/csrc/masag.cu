@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
       const int r = first_row + i * STRIDE;
       const bool inside = row[i] + down >= 0 && row[i] + down < sizes.height && column[i] + right >= 0 &&
                           column[i] + right < sizes.width && input < padded;
-      const int64_t near = first_pixel + r + down * sizes.width + right;
+      const int64_t near = int64_t(down) * sizes.width + first_pixel + r + right;
       copy_async(a.copy(r, part), inside ? t + near * padded + input : t, inside);
     }
     for (int r = first_row; r < Tile::CHANNELS; r += STRIDE) {
@@ -751,9 +751,12 @@ masag_status check_device(int* device, int* processors) {
 
 masag_status check_map(const char* name, const masag_map* map, const masag_problem& problem, int device) {
   if (map == nullptr) return fail(MASAG_INVALID_ARGUMENT, "%s: got a null pointer", name);
-  for (const int64_t stride : map->strides)
-    if (stride < 0 || stride > int64_t(1) << 40)
-      return fail(MASAG_INVALID_ARGUMENT, "%s: got the stride %lld, expected 0 to 2^40", name, (long long)stride);
+  const int64_t sizes[] = {problem.batch, problem.channels, problem.height, problem.width};
+  const int64_t most = int64_t(1) << 40;  // elements, so that no offset comes near 64 bits
+  for (int i = 0; i < 4; ++i)
+    if (map->strides[i] < 0 || map->strides[i] > most / sizes[i])
+      return fail(MASAG_INVALID_ARGUMENT, "%s: got the stride %lld of an axis of %lld, expected 0 to %lld", name,
+                  (long long)map->strides[i], (long long)sizes[i], (long long)(most / sizes[i]));
   return check_pointer(name, map->data, bytes_of(problem.dtype), device);
 }
 
