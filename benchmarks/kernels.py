@@ -6,7 +6,7 @@ and inside a CUDA graph:
     eager     the paper's steps as PyTorch's layers
     compile   the same by torch.compile
     triton    core/kernels/triton.py
-    cuda      core/kernels/csrc, by its C API; built first: `python -m msa2net.core.kernels.build`
+    cuda      core/kernels/csrc; built first: `python -m msa2net.core.kernels.build`
 The floor of a gate is what its bytes and products take at this GPU's own measured rates of copies and of square matrix
 products in the same dtype. Maps and weights are used again and again, so that small ones stay in the caches.
 """

@@ -24,9 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from msa2net.core.kernels import triton as kernels
+from msa2net.core.kernels.build import TARGETS
 from msa2net.core.kernels.reference import GateWeights
 
-TARGETS = (80, 86, 87, 89, 90, 110, 120)
 GATES = (384, 192, 96)  # channels, in the released network
 # (dtype, whether tf32 was asked for)
 PRECISIONS = {

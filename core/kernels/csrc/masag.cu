@@ -414,13 +414,16 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 constexpr int GATE_TILES = 3;  // of 8 channels: a warp's share, of both products
 constexpr int GATE_WARPS = MASAG_MOST_CHANNELS / (8 * GATE_TILES);
 
+// Words from one pixel's row of `gate_kernel` to the next, see `Spaced`.
+__host__ __device__ constexpr int pitch_of(int slabs) { return slabs * SLAB + 4; }
+
 // Of `gate_kernel`, for 16 MT pixels.
 struct GateShape {
   int slabs, pitch, warps;
   size_t shared;
   GateShape(int channels, int per_word, int mt)
       : slabs(divide_up(channels, SLAB * per_word)),
-        pitch(slabs * SLAB + 4),
+        pitch(pitch_of(slabs)),
         warps(divide_up(channels, 8 * GATE_TILES)),
         shared(size_t(16 * mt) * (pitch + 1 + warps) * 4) {}
 };
@@ -437,7 +440,7 @@ __global__ void __launch_bounds__(GATE_WARPS* WARP, 1)
   const int C = sizes.channels, threads = blockDim.x, warps = threads / WARP;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int first_pixel = blockIdx.x * PIXELS, first_channel = warp * 8 * NT;
-  const Spaced between{reinterpret_cast<uint32_t*>(shared_memory()), slabs * SLAB + 4};  // first m, then w x
+  const Spaced between{reinterpret_cast<uint32_t*>(shared_memory()), pitch_of(slabs)};  // first m, then w x
   auto selected = reinterpret_cast<float*>(between.rows + PIXELS * between.pitch);
   float* of_rows = selected + PIXELS;  // (warps, PIXELS)
   const auto element = [&](int p, int c) -> T& { return reinterpret_cast<T*>(between.rows + p * between.pitch)[c]; };
