@@ -1,5 +1,5 @@
 // Runs gates through the C API, as a device's program would: `masag_case FILE...`, each a case that
-// `test_cuda.py` wrote; the result goes to FILE.out. Every buffer has its exact size, so that a sanitizer sees each
+// `test_kernels.py` wrote; the result goes to FILE.out. Every buffer has its exact size, so that a sanitizer sees each
 // step beyond it.
 
 #include <cstdio>
@@ -10,7 +10,8 @@
 
 #include "masag.h"
 
-extern "C" void host_device(int capability, int processors, const void* foreign, int launch_error, int copies_at_once);
+extern "C" void host_device(int capability, int processors, const void* foreign, const void* moved, int launch_error,
+                            int copies_at_once);
 
 namespace {
 
@@ -66,7 +67,7 @@ int main(int count, char** names) {
     size_t bytes = 0;
     require(masag_workspace_size(&header.problem, &bytes) == MASAG_OK, names[i]);
     const Buffer workspace = buffer(bytes), out = buffer(header.out_bytes);
-    host_device(87, int(header.processors), nullptr, 0, int(header.copies_at_once));
+    host_device(87, int(header.processors), nullptr, nullptr, 0, int(header.copies_at_once));
     require(masag_forward(&header.problem, &maps[0], &maps[1], &given, out.get(), workspace.get(), bytes, nullptr) ==
                 MASAG_OK,
             names[i]);

@@ -171,6 +171,7 @@ def host(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     device(loaded)
     yield loaded
     device(loaded)
+    cuda.unsupported.cache_clear()
 
 
 def device(
@@ -179,10 +180,12 @@ def device(
     capability: int = 87,
     processors: int = 16,
     foreign: int | None = None,
+    moved: int | None = None,
     launch_error: int = 0,
     copies_at_once: bool = False,
 ) -> None:
-    loaded.host_device(capability, processors, ctypes.c_void_p(foreign), launch_error, copies_at_once)
+    pointers = ctypes.c_void_p(foreign), ctypes.c_void_p(moved)
+    loaded.host_device(capability, processors, *pointers, launch_error, copies_at_once)
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -606,6 +609,11 @@ INVALID, UNSUPPORTED, FAILED = 1, 2, 3
         ({"out": lambda given: given["x"]}, INVALID, "out: overlaps x, expected memory of its own"),
         ({"out": lambda given: given["g"] + 956}, INVALID, "out: overlaps g, expected memory of its own"),
         ({"out": lambda given: given["workspace"] + 1196}, INVALID, "out: overlaps workspace, expected memory"),
+        ({"out": lambda given: given["u"] + 28}, INVALID, "out: overlaps u, expected memory of its own"),
+        ({"workspace": lambda given: given["x"] + 944}, INVALID, "workspace: overlaps x, expected memory"),
+        ({"g": lambda given: given["workspace"] + 1212}, INVALID, "workspace: overlaps g, expected memory"),
+        ({"dilated": lambda given: given["workspace"] + 1212}, INVALID, "workspace: overlaps dilated, expected memory"),
+        ({"context": lambda given: given["out"] + 956}, INVALID, "out: overlaps context, expected memory of its own"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -639,12 +647,27 @@ def test_memory_of_the_host_an_old_gpu_and_a_failed_launch_have_a_message(host: 
         KernelError, match=r"^kernel 'cuda': u: got pageable memory of the host, expected memory of device 0"
     ):
         gated([x, g, *weights], "cuda")
-    device(host, launch_error=209)
-    with pytest.raises(KernelError, match="the library was not built for device 0: no kernel image is available"):
+    device(host, moved=g.data_ptr())
+    with pytest.raises(
+        KernelError, match=r"g: got the address 0x\w+, expected .*, by which device 0 knows that memory"
+    ):
         gated([x, g, *weights], "cuda")
+    device(host, launch_error=209)
+    with pytest.raises(KernelError, match=r"launch: this library was not built for the GPU, or .*: no kernel image is"):
+        cuda.forward(x, g, GateWeights(*weights))
     device(host, launch_error=1)
     with pytest.raises(KernelError, match="launch: error"):
         cuda.forward_c(x, g, GateWeights(*weights))
+
+
+def test_a_library_that_has_nothing_for_the_gpu_is_not_taken(host: Any) -> None:
+    x = torch.zeros(1, 8, 4, 4)
+    assert cuda.why_not(x) is None
+    device(host, launch_error=35)
+    cuda.unsupported.cache_clear()
+    assert "the current device: this library was not built for the GPU, or its driver is too old" in cuda.why_not(x)
+    with pytest.raises(KernelError, match="this library was not built for the GPU"):
+        gated(problem((1, 8, 4, 4), torch.float32), "cuda")
 
 
 def test_a_library_that_is_missing_foreign_or_of_other_sources_is_not_used(
@@ -680,6 +703,26 @@ def test_without_nvcc_the_build_says_what_to_do(
     assert not (tmp_path / "lib").exists()
 
 
+def test_a_build_is_for_the_gpus_that_nvcc_knows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler, said = tmp_path / "nvcc", tmp_path / "said"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --list-gpu-code ]; then printf "sm_75\\nsm_80\\nsm_87\\nsm_90a\\n"; exit; fi\n'
+        f'echo "$@" >> {said}; exit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(compiler))
+    for asked in ("75", "87,120"):
+        assert build.main(["--targets", asked, "--output", str(tmp_path)]) == 2
+        unknown = asked.split(",")[-1]
+        assert f"targets: got {unknown}, expected some of 80, 87, as {compiler} knows" in capsys.readouterr().err
+    assert not said.exists()
+    assert build.main(["--output", str(tmp_path)]) == 2
+    assert set(re.findall(r",code=(\w+)", said.read_text())) == {"sm_80", "sm_87", "compute_80"}
+
+
 def test_a_build_that_fails_leaves_the_library_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "nvcc"
     compiler.write_text("#!/bin/sh\necho 'masag.cu(1): error' >&2\nexit 1\n")
@@ -695,12 +738,11 @@ def test_a_build_that_fails_leaves_the_library_that_was_there(tmp_path: Path, mo
 # The benchmark ------------------------------------------------------------------------------------------------------
 
 
-def benchmarked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def benchmarked(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> dict[str, Any]:
     """A small run of it on the CPU."""
     monkeypatch.setattr(kernels, "FUSED", ("cuda",))
-    return kernels.measure(
-        "cpu", gates=((24, 5),), batches=(1,), dtypes=("fp32",), rounds=2, compiled=False, with_network=False
-    )
+    small = {"gates": ((24, 5),), "batches": (1,), "dtypes": ("fp32",), "rounds": 2}
+    return kernels.measure("cpu", compiled=False, with_network=False, **small, **settings)
 
 
 @pytest.mark.usefixtures("host")
@@ -709,7 +751,7 @@ def test_the_benchmark_checks_before_it_times(monkeypatch: pytest.MonkeyPatch) -
     assert result["right"]
     assert [(row["norm"], row["kernel"]) for row in result["checks"]] == 2 * [(False, "cuda"), (True, "cuda")]
     (case,) = result["cases"]
-    assert set(case["median"]) == {"eager", "cuda"}
+    assert set(case["median"]) == {"eager", "collapsed", "cuda"}
     assert "24 x 5 x 5, fp32, batch 1" in kernels.table(result)
     json.dumps(result)
 
@@ -720,8 +762,39 @@ def test_a_kernel_that_is_wrong_is_named_and_not_timed(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuda, "forward", lambda *given, **named: forward(*given, **named) + 1e-3)
     result = benchmarked(monkeypatch)
     assert not result["right"]
-    assert set(result["cases"][0]["median"]) == {"eager"}
-    assert "WRONG: cuda at 24 x 5 x 5, fp32, batch 1: error 1.0e-03" in kernels.table(result)
+    assert set(result["cases"][0]["median"]) == {"eager", "collapsed"}
+    assert "WRONG: cuda at 24 x 5 x 5, fp32, batch 1: error 1.0e-03, expected at most" in kernels.table(result)
+
+
+@pytest.mark.usefixtures("host")
+def test_a_kernel_that_fails_loses_nothing_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = itertools.count(), cuda.forward
+
+    def fails(*given: Any, **named: Any) -> Tensor:
+        if next(calls) >= first:
+            raise RuntimeError("an illegal memory access")
+        return forward(*given, **named)
+
+    monkeypatch.setattr(cuda, "forward", fails)
+    first = 1
+    assert "WRONG: cuda at 24 x 5 x 5, fp32, batch 1: RuntimeError: an illegal" in kernels.table(
+        benchmarked(monkeypatch)
+    )
+    calls, first = itertools.count(), 4  # checked, then timed
+    saved: list[str] = []
+    result = benchmarked(monkeypatch, save=lambda so_far: saved.append(json.dumps(so_far)))
+    (case,) = result["cases"]
+    assert result["right"]
+    assert case["failed"] == {"cuda": "RuntimeError: an illegal memory access"}
+    assert set(case["median"]) == {"eager", "collapsed"}
+    assert [len(json.loads(each).get("cases", [])) for each in saved] == [0, 1]
+
+
+def test_without_a_kernel_nothing_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    result = benchmarked(monkeypatch)
+    assert not result["right"]
+    assert "cuda did not run: " in kernels.table(result)
 
 
 def test_the_benchmark_without_a_gpu_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -735,9 +808,11 @@ def test_the_benchmark_without_a_gpu_says_what_it_needs(capsys: pytest.CaptureFi
 
 def test_a_floor_is_the_slower_of_bytes_and_products() -> None:
     case = kernels.Case(384, 14, "fp16", 1)
-    bytes_alone = kernels.floor_seconds(case, {"bytes": 1e12, "fp16": 1e30})
-    assert bytes_alone == pytest.approx((0.46e6 + 2.80e6 + 1.04e6) / 1e12, rel=0.01)  # as the kernels' README has it
-    products_alone = kernels.floor_seconds(case, {"bytes": 1e30, "fp16": 1e12})
+    rates = {"bytes": 1e12, "bytes_cached": 4e12, "fp16": 1e30}
+    bytes_alone = pytest.approx((0.46e6 + 2.80e6 + 1.04e6) / 1e12, rel=0.01)  # as the kernels' README has it
+    assert kernels.floor_of(case, rates, cache=8_000_000) == {"floor": bytes_alone, "floor_cached": False}
+    assert kernels.floor_of(case, rates, cache=9_000_000)["floor"] * 4 == bytes_alone
+    products_alone = kernels.floor_of(case, {"bytes": 1e30, "fp16": 1e12}, cache=0)["floor"]
     assert products_alone == pytest.approx(2 * (260.1e6 + 57.8e6) / 1e12, rel=0.01)
 
 

@@ -27,7 +27,7 @@ FOLDER = "MSA2NET_KERNELS"  # the environment variable
 TARGETS = (80, 86, 87, 89, 90, 110, 120)
 LIBRARY, BINDING = "libmasag.so", "libmasag_torch.so"
 TORCH_ABI = "0x020d000000000000"  # 2.13, the first whose stable ABI gives the current stream
-_DEVICE_FILES = ("masag.h", "instructions.cuh", "masag.cu")
+_FILES = ("masag.h", "instructions.cuh", "masag.cu", "binding.cpp")
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P<target>\d+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stored>\d+) bytes spill stores, (?P<loaded>\d+) bytes spill loads.*?"
@@ -43,7 +43,7 @@ def folder() -> Path:
 
 def digest() -> str:
     """SHA-256 of the sources, which a library carries: one of other sources is not used."""
-    return hashlib.sha256(b"\0".join((SOURCES / name).read_bytes() for name in _DEVICE_FILES)).hexdigest()
+    return hashlib.sha256(b"\0".join((SOURCES / name).read_bytes() for name in _FILES)).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,14 @@ def nvcc() -> str:
         "nvcc",
         f"not found: not in $NVCC, not on PATH, not in {home}/bin",
         "",
-        "Install NVIDIA's CUDA toolkit, 11.8 or newer, or use kernel='triton' or 'reference'.",
+        "Install NVIDIA's CUDA toolkit, 11.8 or newer, for sm_120 12.8, for sm_110 13.0, or use kernel='triton'.",
     )
+
+
+def known(compiler: str) -> list[int]:
+    """The compute capabilities, without the dot, that this nvcc and the source have in common. Raises KernelError."""
+    listed = re.findall(r"^sm_(\d+)$", _run([compiler, "--list-gpu-code"]), re.MULTILINE)
+    return [int(each) for each in listed if int(each) >= min(TARGETS)]
 
 
 def report(printed: str) -> list[Kernel]:
@@ -83,14 +89,21 @@ def report(printed: str) -> list[Kernel]:
     ]
 
 
+def has_stable_abi() -> bool:
+    """Whether there is a PyTorch for the binding."""
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def binding_flags() -> tuple[list[str], list[str]] | None:
     """(Of the compiler, of the linker) for the binding; None without a PyTorch that has what it needs."""
-    if find_spec("torch") is None:
+    if not has_stable_abi():
         return None
     import torch
 
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
-        return None
     home = Path(torch.__file__).parent
     return (
         [f"-DTORCH_TARGET_VERSION={TORCH_ABI}", "-DUSE_CUDA", "-isystem", f"{home}/include"],
@@ -106,17 +119,25 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout + done.stderr
 
 
-def build(output: Path, targets: Sequence[int] = TARGETS) -> list[Kernel]:
+def build(output: Path, targets: Sequence[int] = ()) -> list[Kernel]:
     """Puts the libraries into `output`, whole or not at all, and returns the compiler's report.
 
-    targets   compute capabilities without the dot; the largest is also kept as PTX, for GPUs that come after it
+    targets   compute capabilities without the dot; none: those of `TARGETS` that this nvcc knows. The smallest is also
+              kept as PTX, which the driver compiles for a GPU after it that is not among them.
 
-    Raises KernelError without nvcc, or with what it said.
+    Raises KernelError without nvcc, for a target that it does not know, or with what it said.
     """
     compiler = nvcc()
+    of_nvcc = known(compiler)
+    targets = targets or [each for each in TARGETS if each in of_nvcc]
+    if unknown := [str(each) for each in targets if each not in of_nvcc]:
+        expected = f"expected some of {', '.join(map(str, of_nvcc))}, as {compiler} knows them"
+        raise KernelError(
+            "targets", f"got {', '.join(unknown)}", expected, "Leave out the others, or take a newer nvcc."
+        )
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
     code = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in targets]
-    code += [f"-gencode=arch=compute_{max(targets)},code=compute_{max(targets)}"]
+    code += [f"-gencode=arch=compute_{min(targets)},code=compute_{min(targets)}"]
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".build-") as scratch:
         made = Path(scratch)
@@ -139,12 +160,15 @@ def build(output: Path, targets: Sequence[int] = TARGETS) -> list[Kernel]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    named = ",".join(map(str, TARGETS))
     parser = argparse.ArgumentParser(prog="python -m msa2net.core.kernels.build", description=__doc__)
-    parser.add_argument("--targets", default=",".join(map(str, TARGETS)), help="compute capabilities without the dot")
+    parser.add_argument(
+        "--targets", help=f"compute capabilities without the dot (default: {named}, if nvcc knows them)"
+    )
     parser.add_argument("--output", type=Path, default=folder(), help=f"default: %(default)s, or ${FOLDER}")
     args = parser.parse_args(argv)
     try:
-        kernels = build(args.output, [int(each) for each in args.targets.split(",")])
+        kernels = build(args.output, [int(each) for each in args.targets.split(",")] if args.targets else ())
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

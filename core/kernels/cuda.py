@@ -5,6 +5,7 @@ PyTorch 2.13 or newer, else its C API through ctypes.
 from __future__ import annotations
 
 import ctypes
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ class Weights(ctypes.Structure):
 
 
 @cache
-def library(folder: Path) -> ctypes.CDLL:
+def library(folder: Path, name: str = build.LIBRARY) -> ctypes.CDLL:
     """The C API. Raises KernelError if it is not there, cannot be loaded, or was built of other sources."""
-    path = folder / build.LIBRARY
+    path = folder / name
     if not path.exists():
         raise KernelError(path, "does not exist", "", _BUILD)
     try:
@@ -54,15 +55,20 @@ def library(folder: Path) -> ctypes.CDLL:
 
 @cache
 def _operator(folder: Path) -> Any:
-    """`torch.ops.msa2net.masag_cuda`; None if it was not built, with a PyTorch before 2.13. Raises KernelError."""
-    path = folder / build.BINDING
-    if not path.exists():
+    """`torch.ops.msa2net.masag_cuda`; None with a PyTorch before 2.13, or if built with one. Raises KernelError."""
+    if not build.has_stable_abi() or not (folder / build.BINDING).exists():
         return None
-    try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise KernelError(path, f"cannot be loaded: {error}", "", _BUILD) from error
+    library(folder, build.BINDING)
+    torch.ops.load_library(folder / build.BINDING)  # type: ignore[no-untyped-call]
     return torch.ops.msa2net.masag_cuda
+
+
+@cache
+def unsupported(folder: Path, device: torch.device) -> str:
+    """Why the library cannot compute on this device: it has nothing for the GPU, or the driver is too old; or ""."""
+    loaded = library(folder)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return loaded.masag_last_error().decode() if loaded.masag_check_device() else ""
 
 
 def why_not(x: Tensor) -> str | None:
@@ -75,7 +81,7 @@ def why_not(x: Tensor) -> str | None:
         return f"x is on {x.device}, it computes on {'a CPU' if x.is_cuda else 'a CUDA device'}"
     if x.numel() // x.shape[1] > MOST_PIXELS:
         return f"x has {x.numel() // x.shape[1]} pixels, it takes at most {MOST_PIXELS}"
-    return None
+    return unsupported(build.folder(), x.device) or None
 
 
 def forward(
@@ -110,7 +116,7 @@ def forward_c(
     maps = [Map(each.data_ptr(), (ctypes.c_int64 * 4)(*each.stride())) for each in (x, g)]
     pointers = Weights(*(each.data_ptr() for each in (*weights, *(norm or ()))))
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    with torch.cuda.device(x.device) if x.is_cuda else torch.no_grad():
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         require(
             loaded.masag_forward(
                 *(ctypes.byref(each) for each in (problem, *maps, pointers)),

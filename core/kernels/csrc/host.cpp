@@ -33,6 +33,7 @@ namespace {
 // What a test may choose of the device.
 int capability = 87, processors = 16;
 const void* foreign = nullptr;  // memory that is not the device's
+const void* moved = nullptr;    // memory that the device knows by another address
 cudaError_t launch_error = cudaSuccess;
 
 constexpr size_t STACK = 256 * 1024;
@@ -228,13 +229,15 @@ void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>&
 
 // The runtime --------------------------------------------------------------------------------------------------------
 
-// Chooses the device that the library sees: 87 for 8.7, its multiprocessors, a pointer that is not the device's memory,
-// an error of every launch (0 for none), and whether copies to shared memory arrive at once or as late as they may.
-extern "C" void host_device(int new_capability, int new_processors, const void* new_foreign, int new_launch_error,
-                            int new_copies_at_once) {
+// Chooses the device that the library sees: 87 for 8.7, its multiprocessors, a pointer that is not the device's memory
+// and one that it knows by another address, an error of every launch (0 for none), and whether copies to shared memory
+// arrive at once or as late as they may.
+extern "C" void host_device(int new_capability, int new_processors, const void* new_foreign, const void* new_moved,
+                            int new_launch_error, int new_copies_at_once) {
   capability = new_capability;
   processors = new_processors;
   foreign = new_foreign;
+  moved = new_moved;
   launch_error = static_cast<cudaError_t>(new_launch_error);
   host::copies_at_once = new_copies_at_once != 0;
 }
@@ -252,7 +255,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
-  *attributes = {pointer == foreign ? cudaMemoryTypeUnregistered : cudaMemoryTypeDevice, 0};
+  *attributes = {pointer == foreign ? cudaMemoryTypeUnregistered : cudaMemoryTypeDevice, 0,
+                 pointer == moved ? nullptr : pointer};
   return cudaSuccess;
 }
 

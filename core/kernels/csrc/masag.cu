@@ -592,6 +592,21 @@ struct Call {
   cudaStream_t stream;
 };
 
+// The status of a CUDA call that failed. Clears it, so that the caller's next check does not find ours.
+masag_status fail(cudaError_t error, const char* where) {
+  cudaGetLastError();
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInsufficientDriver:
+      return fail(MASAG_UNSUPPORTED, "%s: this library was not built for the GPU, or its driver is too old: %s", where,
+                  cudaGetErrorString(error));
+    default:
+      return fail(MASAG_CUDA_ERROR, "%s: %s", where, cudaGetErrorString(error));
+  }
+}
+
 size_t aligned_up(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 size_t bytes_of(int32_t dtype) { return dtype == MASAG_FLOAT32 ? 4 : 2; }
@@ -714,13 +729,16 @@ masag_status check_pointer(const char* name, const void* pointer, size_t alignme
                 int(alignment));
   cudaPointerAttributes attributes{};
   if (const cudaError_t error = cudaPointerGetAttributes(&attributes, pointer); error != cudaSuccess)
-    return fail(MASAG_CUDA_ERROR, "%s: %s", name, cudaGetErrorString(error));
+    return fail(error, name);
   if (attributes.type == cudaMemoryTypeUnregistered)
     return fail(MASAG_INVALID_ARGUMENT, "%s: got pageable memory of the host, expected memory of device %d", name,
                 device);
   if (attributes.type == cudaMemoryTypeDevice && attributes.device != device)
     return fail(MASAG_INVALID_ARGUMENT, "%s: got memory of device %d, expected device %d, the current one", name,
                 attributes.device, device);
+  if (attributes.devicePointer != pointer)
+    return fail(MASAG_INVALID_ARGUMENT, "%s: got the address %p, expected %p, by which device %d knows that memory",
+                name, pointer, attributes.devicePointer, device);
   return MASAG_OK;
 }
 
@@ -732,10 +750,16 @@ size_t span(const masag_map& map, const masag_problem& problem) {
   return size_t(last + 1) * bytes_of(problem.dtype);
 }
 
-masag_status check_apart(const char* name, const void* one, size_t one_bytes, const void* other, size_t other_bytes) {
-  const auto a = reinterpret_cast<uintptr_t>(one), b = reinterpret_cast<uintptr_t>(other);
-  if (a < b + other_bytes && b < a + one_bytes)
-    return fail(MASAG_INVALID_ARGUMENT, "out: overlaps %s, expected memory of its own", name);
+struct Region {
+  const char* name;
+  const void* start;
+  size_t bytes;
+};
+
+masag_status check_apart(const Region& written, const Region& other) {
+  const auto a = reinterpret_cast<uintptr_t>(written.start), b = reinterpret_cast<uintptr_t>(other.start);
+  if (a < b + other.bytes && b < a + written.bytes)
+    return fail(MASAG_INVALID_ARGUMENT, "%s: overlaps %s, expected memory of its own", written.name, other.name);
   return MASAG_OK;
 }
 
@@ -745,7 +769,7 @@ masag_status check_device(int* device, int* processors) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, *device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(processors, cudaDevAttrMultiProcessorCount, *device);
-  if (error != cudaSuccess) return fail(MASAG_CUDA_ERROR, "the current device: %s", cudaGetErrorString(error));
+  if (error != cudaSuccess) return fail(error, "the current device");
   if (major < 8)
     return fail(MASAG_UNSUPPORTED, "device %d has compute capability %d.%d, expected 8.0 or newer", *device, major,
                 minor);
@@ -763,30 +787,32 @@ masag_status check_map(const char* name, const masag_map* map, const masag_probl
   return check_pointer(name, map->data, bytes_of(problem.dtype), device);
 }
 
-masag_status check_weights(const masag_weights* weights, const masag_problem& problem, int device) {
+// Fills `regions` with the weights that are given; `count` are.
+masag_status check_weights(const masag_weights* weights, const masag_problem& problem, int device,
+                           Region (&regions)[12], int* count) {
   if (weights == nullptr) return fail(MASAG_INVALID_ARGUMENT, "weights: got a null pointer");
   const masag_weights& w = *weights;
   if ((w.norm_weight == nullptr) != (w.norm_bias == nullptr))
     return fail(MASAG_INVALID_ARGUMENT, "norm_weight, norm_bias: got one of them, expected both or neither");
-  const struct {
-    const char* name;
-    const void* pointer;
-  } all[] = {{"depthwise", w.depthwise},
-             {"depthwise_bias", w.depthwise_bias},
-             {"dilated", w.dilated},
-             {"dilated_bias", w.dilated_bias},
-             {"u", w.u},
-             {"context", w.context},
-             {"projection", w.projection},
-             {"projection_bias", w.projection_bias},
-             {"output", w.output},
-             {"output_bias", w.output_bias},
-             {"norm_weight", w.norm_weight},
-             {"norm_bias", w.norm_bias}};
-  const int given = w.norm_weight == nullptr ? 10 : 12;
-  for (int i = 0; i < given; ++i)
-    if (const masag_status status = check_pointer(all[i].name, all[i].pointer, bytes_of(problem.dtype), device))
-      return status;
+  const size_t element = bytes_of(problem.dtype), c = problem.channels * element;
+  const size_t square = c * problem.channels;
+  const Region all[] = {{"depthwise", w.depthwise, 9 * c},
+                        {"depthwise_bias", w.depthwise_bias, c},
+                        {"dilated", w.dilated, 9 * square},
+                        {"dilated_bias", w.dilated_bias, c},
+                        {"u", w.u, c},
+                        {"context", w.context, 3 * element},
+                        {"projection", w.projection, square},
+                        {"projection_bias", w.projection_bias, c},
+                        {"output", w.output, square},
+                        {"output_bias", w.output_bias, c},
+                        {"norm_weight", w.norm_weight, c},
+                        {"norm_bias", w.norm_bias, c}};
+  *count = w.norm_weight == nullptr ? 10 : 12;
+  for (int i = 0; i < *count; ++i) {
+    if (const masag_status status = check_pointer(all[i].name, all[i].start, element, device)) return status;
+    regions[i] = all[i];
+  }
   return MASAG_OK;
 }
 
@@ -802,6 +828,14 @@ extern "C" {
 const char* masag_sources(void) { return MASAG_SOURCES; }
 
 const char* masag_last_error(void) { return last_error; }
+
+masag_status masag_check_device(void) {
+  int device = 0, processors = 0;
+  if (const masag_status status = check_device(&device, &processors)) return status;
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, context_kernel<float>);
+  return error == cudaSuccess ? MASAG_OK : fail(error, "the current device");
+}
 
 masag_status masag_workspace_size(const masag_problem* problem, size_t* bytes) {
   Sizes sizes;
@@ -820,16 +854,23 @@ masag_status masag_forward(const masag_problem* problem, const masag_map* x, con
   if (const masag_status status = check_device(&device, &processors)) return status;
   if (const masag_status status = check_map("x", x, *problem, device)) return status;
   if (const masag_status status = check_map("g", g, *problem, device)) return status;
-  if (const masag_status status = check_weights(weights, *problem, device)) return status;
+  Region read[12];
+  int count = 0;
+  if (const masag_status status = check_weights(weights, *problem, device, read, &count)) return status;
   if (const masag_status status = check_pointer("out", out, bytes_of(problem->dtype), device)) return status;
   if (const masag_status status = check_pointer("workspace", workspace, 16, device)) return status;
   const size_t needed = workspace_bytes_of(sizes, problem->dtype);
   if (workspace_bytes < needed)
     return fail(MASAG_INVALID_ARGUMENT, "workspace_bytes: got %zu, expected at least %zu", workspace_bytes, needed);
-  const size_t written = size_t(sizes.pixels) * sizes.channels * bytes_of(problem->dtype);
-  if (const masag_status status = check_apart("x", out, written, x->data, span(*x, *problem))) return status;
-  if (const masag_status status = check_apart("g", out, written, g->data, span(*g, *problem))) return status;
-  if (const masag_status status = check_apart("workspace", out, written, workspace, needed)) return status;
+  const Region written[] = {{"out", out, size_t(sizes.pixels) * sizes.channels * bytes_of(problem->dtype)},
+                            {"workspace", workspace, needed}};
+  if (const masag_status status = check_apart(written[0], written[1])) return status;
+  for (const Region& each : written) {
+    if (const masag_status status = check_apart(each, {"x", x->data, span(*x, *problem)})) return status;
+    if (const masag_status status = check_apart(each, {"g", g->data, span(*g, *problem)})) return status;
+    for (int i = 0; i < count; ++i)
+      if (const masag_status status = check_apart(each, read[i])) return status;
+  }
 
   auto bytes = static_cast<unsigned char*>(workspace);
   auto context = reinterpret_cast<float*>(bytes + bytes_of_t(sizes, problem->dtype));
@@ -842,11 +883,7 @@ masag_status masag_forward(const masag_problem* problem, const masag_map* x, con
     error = launch_all<__nv_bfloat16, true>(call);
   else
     error = problem->tf32 ? launch_all<float, true>(call) : launch_all<float, false>(call);
-  if (error == cudaSuccess) return MASAG_OK;
-  cudaGetLastError();  // so that the caller's next check does not find ours
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
-    return fail(MASAG_UNSUPPORTED, "the library was not built for device %d: %s", device, cudaGetErrorString(error));
-  return fail(MASAG_CUDA_ERROR, "launch: %s", cudaGetErrorString(error));
+  return error == cudaSuccess ? MASAG_OK : fail(error, "launch");
 }
 
 }  // extern "C"

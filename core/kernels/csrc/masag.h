@@ -60,6 +60,10 @@ typedef struct {
   const void* norm_bias;       /* (C), or null, as norm_weight is */
 } masag_weights;
 
+/* Whether this library has been built for the current device and its driver is new enough: MASAG_OK, or
+ * MASAG_UNSUPPORTED with the reason. */
+masag_status masag_check_device(void);
+
 /* Bytes of workspace that masag_forward needs for this problem, on any device. */
 masag_status masag_workspace_size(const masag_problem* problem, size_t* bytes);
 
@@ -71,6 +75,7 @@ masag_status masag_workspace_size(const masag_problem* problem, size_t* bytes);
  *   the stream is past the gate.
  *
  * What it cannot do is refused before anything is enqueued. The caller sees to it that memory is as large as it says.
+ * Call it once before a capture in a CUDA graph: CUDA loads a kernel at its first launch, which a capture may forbid.
  */
 masag_status masag_forward(const masag_problem* problem, const masag_map* x, const masag_map* g,
                            const masag_weights* weights, void* out, void* workspace, size_t workspace_bytes,
