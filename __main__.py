@@ -16,8 +16,8 @@ import numpy as np
 
 from msa2net.errors import FrameError, Msa2NetError
 from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation
-from msa2net.runtimes.backends import RUNTIMES
-from msa2net.runtimes.bundle import ENLARGE_RULES, PRECISIONS, RESIZE_RULES, Bundle
+from msa2net.runtimes.backends import RUNTIMES, candidates
+from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, Bundle
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
@@ -31,7 +31,7 @@ _Frame: TypeAlias = "tuple[int, int, NDArray[Any], int | None]"
 def _runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", default="auto", help=f"auto, {', '.join(RUNTIMES)} (default: auto)")
     parser.add_argument("--precision", default="fp32", help=f"{', '.join(PRECISIONS)} (default: fp32)")
-    parser.add_argument("--device", default="CPU")
+    parser.add_argument("--device", help="CPU, cuda, cuda:N, …; default: cuda with TensorRT, else CPU")
     parser.add_argument("--threads", type=int, help="default: the cores that the process may use")
 
 
@@ -253,7 +253,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", required=True, type=Path, help=".safetensors, or a released .pth")
     command.add_argument("--output", required=True, type=Path, help="the bundle's folder, such as lesion.bundle")
     command.add_argument("--force", action="store_true", help="replace an existing bundle, in one step")
-    command.add_argument("--runtimes", default=",".join(RUNTIMES), help="default: %(default)s")
+    command.add_argument(
+        "--runtimes",
+        default=",".join(candidates("CPU")),
+        help=f"some of {','.join(RUNTIMES)} (default: %(default)s)",
+    )
     command.add_argument(
         "--precisions", default="fp32", help="some of fp32,bf16,fp16,int8,int8-portable (default: %(default)s)"
     )
@@ -276,6 +280,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--allow-slower", action="store_true", help="ship int8 that is not faster on this machine, for another device"
+    )
+    command.add_argument("--batch", type=int, default=1, help="images that TensorRT's engine takes (default: 1, fixed)")
+    command.add_argument(
+        "--hardware-compatibility",
+        choices=HARDWARE_COMPATIBILITY,
+        default="none",
+        help="other GPUs that TensorRT's engine may run on than the one that builds it (default: none)",
+    )
+    command.add_argument(
+        "--targets",
+        default="8.6,8.9,12.0",
+        help="compute capabilities that TensorRT for RTX's engines are for (default: %(default)s)",
     )
     command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")
     command.add_argument(

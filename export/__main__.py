@@ -44,6 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
         report=arguments.report,
         allow_accuracy_loss=arguments.allow_accuracy_loss,
         allow_slower=arguments.allow_slower,
+        batch=arguments.batch,
+        hardware_compatibility=arguments.hardware_compatibility,
+        targets=arguments.targets.split(","),
         force=arguments.force,
     )
     bundle = Bundle(output)

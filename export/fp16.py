@@ -76,8 +76,10 @@ class Fp16:
 
 
 def emulation(file: Path) -> Infer:
-    """Runs an ONNX file in fp16 as a device does that computes in it."""
-    return onnx_file.runner(emulated(onnx.load(file)))
+    """Runs an ONNX file, in fp16 as a device does that computes in it, and between Q/DQ nodes in floats."""
+    model = onnx.load(file)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    return onnx_file.runner(emulated(model), fuse=not quantized)
 
 
 def ranges(model: ModelProto, tensors: Sequence[NDArray[np.float32]]) -> dict[str, tuple[float, float]]:
@@ -229,10 +231,10 @@ def _with(model: ModelProto, nodes: Iterable[NodeProto], tensors: Iterable[Tenso
 
 
 def _shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Type and shape of every tensor."""
+    """Type and shape of every tensor; a side that grows with the batch counts as for one image, or as 1."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     found = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         kind = value.type.tensor_type
-        found[value.name] = (kind.elem_type, tuple(side.dim_value for side in kind.shape.dim))
+        found[value.name] = (kind.elem_type, tuple(side.dim_value or 1 for side in kind.shape.dim))
     return found

@@ -19,12 +19,15 @@ from msa2net.export.precision import Infer, Logits
 OPSET, IR_VERSION = 20, 10
 
 
-def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
+def write(model: MSA2Net, channels: int, file: Path, batch: int = 1) -> dict[str, str]:
     """Writes a network as `image` (1, channels, 224, 224) float32 -> `logits` (1, K, 224, 224); returns versions.
+
+    batch   if above 1, both take 1 to `batch` images
 
     Raises ExportError if the exporter leaves anything but standard operators with weights inside.
     """
-    example = torch.zeros(1, channels, IMAGE_SIZE, IMAGE_SIZE)
+    example = torch.zeros(batch, channels, IMAGE_SIZE, IMAGE_SIZE)
+    free = ({0: torch.export.Dim("batch", min=1, max=batch)},) if batch > 1 else None
     with warnings.catch_warnings(), _Quiet("torch.onnx"):
         warnings.simplefilter("ignore")  # of torch's own internals
         program = torch.onnx.export(
@@ -34,6 +37,7 @@ def write(model: MSA2Net, channels: int, file: Path) -> dict[str, str]:
             opset_version=OPSET,
             input_names=["image"],
             output_names=["logits"],
+            dynamic_shapes=free,
             verbose=False,
         )
     assert program is not None  # it is None only when a file name is given
@@ -100,17 +104,22 @@ def check(proto: onnx.ModelProto) -> None:
         )
 
 
-def session(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on one thread: the same model and image give the same bits on every machine of a kind."""
+def session(proto: onnx.ModelProto, fuse: bool = True) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on one thread: the same model and image give the same bits on every machine of a kind.
+
+    fuse   False: every node as it stands, so that a product between Q/DQ nodes is one of floats, on any CPU
+    """
     options = onnxruntime.SessionOptions()
+    if not fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # errors
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def runner(proto: onnx.ModelProto) -> Infer:
-    """The model as a function of an image (1, C, h, w) float32."""
-    opened = session(proto)
+def runner(proto: onnx.ModelProto, fuse: bool = True) -> Infer:
+    """The model as a function of an image (1, C, h, w) float32; `fuse` as in `session`."""
+    opened = session(proto, fuse)
     name = opened.get_inputs()[0].name
 
     def infer(x: Logits) -> Logits:

@@ -156,7 +156,7 @@ class Judge:
         self.bar.set_postfix_str(f"parity {artifact.name}")
         self.bar.total = max(self.bar.total, self.bar.n + len(self.cases))
         with ExitStack() as stack:
-            if artifact.precision == "fp16":
+            if artifact.precision == "fp16" or artifact.recipe:  # what runs on a GPU is judged without one
                 infer = fp16.emulation(self.folder / artifact.files[0].path)
             else:
                 files = tuple(str(self.folder / file.path) for file in artifact.files)

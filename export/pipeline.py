@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from operator import itemgetter
@@ -24,15 +24,17 @@ from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
-from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize
+from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize, tensorrt
 from msa2net.export.calibration import Tensors
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes.backends import INT8, backend_class, cpu_lacks, default_threads, why_not_precision
+from msa2net.runtimes.backends import INT8, backend_class, candidates, cpu_lacks, default_threads, why_not_precision
 from msa2net.runtimes.bundle import (
     ENLARGE_OF,
     ENLARGE_RULES,
     FITS,
+    HARDWARE_COMPATIBILITY,
     MANIFEST,
+    MOST_IMAGES,
     RESIZE_RULES,
     SCHEMA_VERSION,
     VERDICTS,
@@ -59,14 +61,27 @@ _FILES = {
     "onnxruntime": ("onnx/model.onnx",),
     "openvino": ("openvino/model.xml", "openvino/model.bin"),
     "pytorch": ("torch/weights.safetensors",),
+    "tensorrt": ("onnx/model.onnx",),  # ONNX Runtime's
+    "tensorrt-rtx": ("tensorrt-rtx/model.engine",),
 }
+_OF_BATCHES = ("tensorrt/model.onnx",)  # in place of TensorRT's, if it is to take several images
 # The precisions that each runtime's artifacts may have.
 PRECISIONS_OF = {
     "onnxruntime": ("fp32", "fp16", *INT8),
     "openvino": ("fp32", "bf16", *INT8),
     "pytorch": ("fp32",),
+    "tensorrt": ("fp32", "fp16", "int8"),
+    "tensorrt-rtx": ("fp32", "fp16", "int8"),
 }
-_LOWERED = {"openvino": "openvino/model-{}.xml", "onnxruntime": "onnx/model-{}.onnx"}
+_LOWERED = {
+    "openvino": "openvino/model-{}.xml",
+    "onnxruntime": "onnx/model-{}.onnx",
+    "tensorrt": "tensorrt/model-{}.onnx",
+}
+_TENSORRT = ("10.3", "12")  # versions: JetPack 6.2's, and those whose networks are strongly typed
+_WORKSPACE = 1 << 30  # bytes of the GPU's memory
+TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities of GeForce RTX 30, 40 and 50
+_SOURCE = {"tensorrt-rtx": "tensorrt"}  # whose ONNX a runtime's engine is built from
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
 _TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it is
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
@@ -79,7 +94,7 @@ def export_bundle(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    runtimes: Sequence[str] = tuple(_FILES),
+    runtimes: Sequence[str] = candidates("CPU"),
     precisions: Sequence[str] = ("fp32",),
     classes: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
@@ -97,6 +112,9 @@ def export_bundle(
     allow_accuracy_loss: bool = False,
     allow_slower: bool = False,
     resize: str | None = None,
+    batch: int = 1,
+    hardware_compatibility: str = "none",
+    targets: Sequence[str] = TARGETS,
     force: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -105,6 +123,7 @@ def export_bundle(
     precisions   of the artifacts: "fp32"; "bf16" for OpenVINO, on a CPU that can run it: it is judged on it; "fp16" for
                 ONNX Runtime, judged with every tensor rounded to fp16; "int8" for CPUs with VNNI or Arm's dot products,
                 and "int8-portable" for all. What loses accuracy stays in fp32, or in bf16 beside int8 where that pays.
+                For TensorRT "fp16", and "int8" with the rest in fp16, both judged without a GPU.
     classes, mean, std, name, model_version   if None, what the checkpoint's metadata says, else "class 0", …; the
                 released pipeline's 0.5 and 0.5 (of pixels scaled to [0, 1]); the file's stem; "1"
     channels    3, or 1 for a network that is fed grey frames
@@ -122,6 +141,9 @@ def export_bundle(
     report      folder for every image's figures and the worst image of each artifact, drawn; written on refusal, too
     allow_accuracy_loss   write artifacts that fail the check; they say so wherever they are used
     allow_slower  ship int8 although it is not faster on this machine than a higher precision, for a device where it is
+    batch       images that TensorRT's engine takes at once at most; 1: its shapes are fixed
+    hardware_compatibility  of an engine that TensorRT builds, one of `bundle.HARDWARE_COMPATIBILITY`
+    targets     compute capabilities that TensorRT for RTX's engines are for, such as "8.6"
     force       replace an existing bundle
 
     Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
@@ -134,16 +156,30 @@ def export_bundle(
         named = ", ".join(map(repr, runtimes)) or "none"
         raise ExportError("runtimes", f"got {named}", f"expected some of {', '.join(_FILES)}", "Check the spelling.")
     wanted = _artifacts(runtimes, precisions)
+    made = tuple(dict.fromkeys((_SOURCE.get(runtime, runtime), named) for runtime, named in wanted))
     for option, value, choices in (
         ("channels", channels, (1, 3)),
         ("fit", fit, FITS),
         ("resize", resize, (*RESIZE_RULES, None)),
         ("enlarge", enlarge, (*ENLARGE_RULES, None)),
+        ("hardware_compatibility", hardware_compatibility, HARDWARE_COMPATIBILITY),
     ):
         if value not in choices:
             raise ExportError(option, f"got {value!r}", f"expected one of {', '.join(map(str, choices))}", "Pick one.")
+    if not 1 <= batch <= MOST_IMAGES:
+        raise ExportError("batch", f"got {batch}", f"expected 1 to {MOST_IMAGES}", "One image is the default.")
     for runtime in runtimes:
-        backend_class(runtime)
+        if runtime in candidates("CPU"):
+            backend_class(runtime)
+    if "tensorrt-rtx" in runtimes:
+        tensorrt.require(targets)
+    recipe = {
+        "version": list(_TENSORRT),
+        "batch": batch,
+        "workspace": _WORKSPACE,
+        "hardware_compatibility": hardware_compatibility,
+        "compute_capabilities": [],
+    }
     read = read_checkpoint(checkpoint)
     model = load_model(read)
     int8 = any(precision in INT8 for _, precision in wanted)
@@ -196,16 +232,16 @@ def export_bundle(
         tqdm(total=len(runtimes) + (len(wanted) + 1) * len(cases), disable=not progress, desc="export") as bar,
     ):
         try:
-            versions = _write_models(model, channels, runtimes, folder, bar)
+            versions = _write_models(model, channels, tuple(dict(made)), folder, batch, bar)
             if tuned is not None:
-                of_int8 = tuple(dict.fromkeys(runtime for runtime, precision in wanted if precision in INT8))
-                _write_models(tuned, channels, of_int8, folder / _TUNED, bar)
+                of_int8 = tuple(dict.fromkeys(runtime for runtime, precision in made if precision in INT8))
+                _write_models(tuned, channels, of_int8, folder / _TUNED, batch, bar)
         except (Msa2NetError, OSError):
             raise
         except Exception as error:  # each tool has its own kinds
             reason = f"the models cannot be written ({type(error).__name__}: {error})"
             raise ExportError(output, reason, "", "Is the disk full, or a tool of another version?") from error
-        document["artifacts"] = [_entry(folder, *each, versions[each[0]]) for each in wanted]
+        document["artifacts"] = [_entry(folder, *each, versions[each[0]], recipe) for each in made]
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
         if int8:
             golden.append(parity.saturating_case())
@@ -237,7 +273,9 @@ def export_bundle(
                 manifest = parse_manifest(json.dumps(document).encode())
                 return judge(manifest, manifest.artifacts[index])
 
-            if entry["precision"] == "fp32":
+            if (same := _same(document["artifacts"][:i], entry)) is not None:
+                entry |= same
+            elif entry["precision"] == "fp32":
                 entry |= judged()
             else:
                 _lower(folder, entry, inputs if entry["precision"] in INT8 else images, keep, rankings, judged, bar)
@@ -249,19 +287,54 @@ def export_bundle(
             if not allow_accuracy_loss:
                 parity.require(named, entry["parity"], entry["precision"])
             entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | entry["parity"]
-            if entry["precision"] in INT8:
+            if entry["precision"] in INT8 and "recipe" not in entry:
                 _race(folder, entry, manifest, images[0], judged, bar)
         if int8 and not allow_slower:
             _withhold(document)
         if tuned is not None:
             shutil.rmtree(folder / _TUNED)
+        for runtime, named in wanted:
+            if runtime in _SOURCE:
+                bar.set_postfix_str(f"{runtime} {named}")
+                document["artifacts"].append(_engine(folder, document["artifacts"], runtime, named, targets))
+        document["artifacts"] = [
+            entry for entry in document["artifacts"] if (entry["runtime"], entry["precision"]) in wanted
+        ]
         listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
-        for file in (file for name in _FILES.values() for file in (folder / name[0]).parent.glob("*")):
+        for file in [file for name in ("onnx", "openvino", "tensorrt", "torch") for file in (folder / name).glob("*")]:
             if file.relative_to(folder).as_posix() not in listed:
                 file.unlink()  # made only to be lowered, or not shipped
+        for name in ("onnx", "tensorrt"):
+            with suppress(OSError):  # unless it is empty
+                (folder / name).rmdir()
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         bar.set_postfix_str("writing")
     return output
+
+
+def _same(before: Sequence[dict[str, Any]], entry: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of TensorRT's entry if ONNX Runtime's before it has the same file."""
+    if entry["runtime"] == "tensorrt" and entry["precision"] in ("fp32", "fp16") and entry["recipe"]["batch"] == 1:
+        for other in before:
+            if (other["runtime"], other["precision"]) == ("onnxruntime", entry["precision"]):
+                return {key: value for key, value in other.items() if key != "runtime"}
+    return None
+
+
+def _engine(
+    folder: Path, entries: Sequence[dict[str, Any]], runtime: str, named: str, targets: Sequence[str]
+) -> dict[str, Any]:
+    """The entry of an engine, written here, and judged as the ONNX file that it is built from."""
+    source = next(each for each in entries if (each["runtime"], each["precision"]) == (_SOURCE[runtime], named))
+    model, *_ = source["files"]
+    path = _FILES[runtime][0] if named == "fp32" else f"{runtime}/model-{named}.engine"
+    (folder / path).parent.mkdir(exist_ok=True)
+    version, engine = tensorrt.engine((folder / model["path"]).read_bytes(), source["recipe"], targets)
+    (folder / path).write_bytes(engine)
+    about = {"runtime": runtime, "files": [_file_entry(folder, path)]}
+    about["versions"] = source["versions"] | {"tensorrt_rtx": version}
+    about["recipe"] = source["recipe"] | tensorrt.needs(version, targets)
+    return source | about | {"built_from": model["sha256"]}
 
 
 @contextmanager
@@ -297,7 +370,7 @@ def _per_channel(field: str, values: Sequence[float], channels: int) -> list[flo
 
 
 def _write_models(
-    model: MSA2Net, channels: int, runtimes: Sequence[str], folder: Path, bar: Any
+    model: MSA2Net, channels: int, runtimes: Sequence[str], folder: Path, batch: int, bar: Any
 ) -> dict[str, dict[str, str]]:
     """Writes the models of `runtimes`; returns the versions of the tools that wrote each."""
     versions: dict[str, dict[str, str]] = {}
@@ -308,8 +381,13 @@ def _write_models(
             path.parent.mkdir()
             save_checkpoint(path, used_state(model))
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
-        elif runtime == "onnxruntime":
-            versions[runtime] = onnx_file.write(rewritten(model, chosen(runtime)), channels, path)
+        elif runtime == "tensorrt" and batch > 1:  # what pays on it has not been measured
+            file = folder / _OF_BATCHES[0]
+            versions[runtime] = onnx_file.write(rewritten(model, chosen("onnxruntime")), channels, file, batch)
+        elif runtime in ("onnxruntime", "tensorrt"):
+            if not path.exists():
+                written = onnx_file.write(rewritten(model, chosen("onnxruntime")), channels, path)
+            versions[runtime] = written
         elif "onnxruntime" in versions and chosen(runtime) == chosen("onnxruntime"):
             source = folder / _FILES["onnxruntime"][0]
             versions[runtime] = versions["onnxruntime"] | openvino_ir.write(source, path)
@@ -353,7 +431,8 @@ def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple
     found = []
     for runtime in runtimes:
         for each in (each for each in PRECISIONS_OF[runtime] if each in asked):
-            if each != "fp16" and (error := why_not_precision(runtime, each)):  # fp16 is emulated
+            emulated = each == "fp16" or runtime not in candidates("CPU")
+            if not emulated and (error := why_not_precision(runtime, each)):
                 raise ExportError(
                     f"{runtime} {each}", error.found, "expected one that can judge it", "Export it on such a CPU."
                 )
@@ -365,13 +444,18 @@ def _lowering(
     folder: Path, runtime: str, named: str, tensors: Tensors, tick: Callable[[str], object]
 ) -> precision.Lowering:
     target = _LOWERED[runtime].format(named)
+    files = _FILES[runtime]
+    if runtime == "tensorrt" and (folder / _OF_BATCHES[0]).exists():
+        files = _OF_BATCHES
+    elif runtime == "tensorrt" and named == "fp16":
+        target = _LOWERED["onnxruntime"].format(named)
+    (folder / target).parent.mkdir(exist_ok=True)
     if named == "fp16":
-        return fp16.Fp16(folder, _FILES[runtime][0], target, tensors)
+        return fp16.Fp16(folder, files[0], target, tensors)
     if named == "bf16":
         return openvino_ir.Bf16(folder, _FILES[runtime], target)
-    kind = quantize.OnnxInt8 if runtime == "onnxruntime" else quantize.OpenVinoInt8
+    kind = {"onnxruntime": quantize.OnnxInt8, "openvino": quantize.OpenVinoInt8, "tensorrt": tensorrt.Int8}[runtime]
     held = calibration.HELD
-    files = _FILES[runtime]
     if (folder / _TUNED).is_dir():
         files = tuple(f"{_TUNED}/{file}" for file in files)
     return kind(folder, files, target, tensors[held:], tensors[:held], named == "int8-portable", tick)
@@ -411,7 +495,7 @@ def _lower(
         scan = dict(rankings[runtime])
     if isinstance(lowering, fp16.Fp16):
         scan["ranges"] = lowering.found()
-    if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):
+    if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):  # TensorRT's, too
         scan["methods"], scan["forced"] = lowering.methods, list(forced)
 
     worst = [row["place"] for row in scan["places"] if row["place"] not in forced]
@@ -530,11 +614,13 @@ def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
         return {"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)}
 
 
-def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str]) -> dict[str, Any]:
-    return {
+def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str], recipe: dict[str, Any]) -> dict[str, Any]:
+    files = _OF_BATCHES if runtime == "tensorrt" and recipe["batch"] > 1 else _FILES[runtime]
+    of_gpu = {"recipe": recipe} if runtime == "tensorrt" else {}
+    return of_gpu | {
         "runtime": runtime,
         "precision": named,
-        "files": [_file_entry(folder, relative) for relative in _FILES[runtime]],
+        "files": [_file_entry(folder, relative) for relative in files],
         "versions": versions,
         "tolerance": {"logit": 0.0, "pixels": 1.0},
         "parity": {"verdict": "unjudged", "reasons": []},  # until it is judged

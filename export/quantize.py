@@ -91,6 +91,9 @@ class _Int8:
     def infer(self, kept: Collection[str]) -> Infer:
         raise NotImplementedError
 
+    def write(self, kept: Collection[str]) -> tuple[str, ...]:
+        raise NotImplementedError
+
 
 class OpenVinoInt8(_Int8):
     """`files` and `target` name an IR; a quantization is the model with FakeQuantize nodes."""
@@ -212,12 +215,7 @@ class OnnxInt8(_Int8):
 
     def _read(self, files: Sequence[Path]) -> None:
         self._fp32 = _fused(files[0])
-        weights = {tensor.name for tensor in self._fp32.graph.initializer}
-        self._nodes = {
-            node.name: fine_place(node.name)
-            for node in self._fp32.graph.node
-            if node.op_type in _QUANTIZED and node.input[1] in weights and not _depthwise(node)
-        }
+        self._nodes = quantized_nodes(self._fp32)
 
     def _quantizations(self, inputs: Tensors, tick: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
         tick("ranges")
@@ -268,6 +266,16 @@ class OnnxInt8(_Int8):
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         return quantized
+
+
+def quantized_nodes(model: onnx.ModelProto) -> dict[str, str]:
+    """The products with weights that int8 is for, by name, with the `fine_place` of each."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return {
+        node.name: fine_place(node.name)
+        for node in model.graph.node
+        if node.op_type in _QUANTIZED and node.input[1] in weights and not _depthwise(node)
+    }
 
 
 def _depthwise(node: onnx.NodeProto) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
 
-SCHEMA_VERSION = (3, 0)
+SCHEMA_VERSION = (3, 1)
 READS = (2, 3)  # major versions
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
@@ -30,10 +30,13 @@ RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
 ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
+HARDWARE_COMPATIBILITY = ("none", "ampere+", "same-capability")
+MOST_IMAGES = 1024  # of a batch
 VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
 _SUMS_LINE = re.compile(f"([0-9a-f]{{64}})  ([^{_CONTROL}\\\\]+)")
+_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}")
 _COPY_ANEW = "Copy the bundle anew."
 
 
@@ -110,11 +113,30 @@ class Withheld:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What an NVIDIA runtime builds an engine from the artifact with, or needs to run the engine that it is.
+
+    version                  of the runtime's library: at least the first, below the second
+    batch                    frames that one inference takes at most; 1: the shapes are fixed
+    workspace                bytes of GPU memory that the build may use
+    hardware_compatibility   one of `HARDWARE_COMPATIBILITY`: the GPUs that an engine built on one may run on
+    compute_capabilities     of the GPUs that a ready engine is for, such as "8.6"; empty if it is built on the device
+    """
+
+    version: tuple[str, str]
+    batch: int
+    workspace: int
+    hardware_compatibility: str
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A model for one runtime in one precision. `files[0]` is the file that the runtime opens.
 
     rest         of int8: the precision of what is not in int8, where the CPU has it, else fp32
-    speed        of int8, else None
+    speed        of int8, else None; of int8 for a GPU None, too, as it was not exported on one
+    recipe       for NVIDIA's runtimes, else None
     accuracy     the verdict of its check against fp32 at export, one of `VERDICTS`
     shortfalls   what keeps it from a better one, with figures
     parity       the whole evidence, for people
@@ -127,6 +149,7 @@ class Artifact:
     tolerance: Tolerance
     rest: str
     speed: Speed | None
+    recipe: Recipe | None
     accuracy: str
     shortfalls: tuple[str, ...]
     parity: dict[str, Any]
@@ -217,6 +240,11 @@ class _Node:
         if not _TEXT.fullmatch(self.value):
             raise self.refuse("a string without control characters")
         return self.value
+
+    def version(self) -> str:
+        if not _VERSION.fullmatch(self.text()):
+            raise self.refuse("a version such as '10.3' or '1.7.1.116'")
+        return self.text()
 
     def integer(self, least: int, most: int) -> int:
         if type(self.value) is not int or not least <= self.value <= most:
@@ -350,9 +378,25 @@ def _speed(node: _Node) -> Speed:
     )
 
 
+def parse_recipe(value: dict[str, Any]) -> Recipe:
+    """A manifest's `recipe`. Raises BundleError."""
+    return _recipe(_Node(value))
+
+
+def _recipe(node: _Node) -> Recipe:
+    least, below = (each.version() for each in node.get("version").items(2, 2))
+    return Recipe(
+        version=(least, below),
+        batch=node.get("batch").integer(1, MOST_IMAGES),
+        workspace=node.get("workspace").integer(1, 2**40),
+        hardware_compatibility=node.get("hardware_compatibility").text(*HARDWARE_COMPATIBILITY),
+        compute_capabilities=tuple(each.version() for each in node.get("compute_capabilities").items(0, 32)),
+    )
+
+
 def _artifact(node: _Node) -> Artifact:
     tolerance, versions, parity = node.get("tolerance"), node.get("versions"), node.get("parity")
-    rest, speed = node.optional("rest"), node.optional("speed")
+    rest, speed, recipe = (node.optional(key) for key in ("rest", "speed", "recipe"))
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
@@ -368,6 +412,7 @@ def _artifact(node: _Node) -> Artifact:
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
         rest=rest.text("fp32", "bf16") if rest else "fp32",
         speed=_speed(speed) if speed else None,
+        recipe=_recipe(recipe) if recipe else None,
         accuracy=parity.get("verdict").text(*VERDICTS),
         shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
         parity=parity.object(),

@@ -34,7 +34,7 @@ FORMAT = 1  # of an entry, and of what the backends write into one: a change of 
 MOST_ENTRIES, MOST_BYTES = 8, 4 << 30
 _BLOCK = 1 << 25  # what one digest covers; several are computed at once
 _READ = 1 << 18
-_PARTIAL, _DEAD = ".partial-", ".dead-"
+_PARTIAL, _DEAD, _LOCK = ".partial-", ".dead-", ".lock-"
 
 
 class CacheWarning(UserWarning):
@@ -142,14 +142,18 @@ class Slot:
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], confirm: Callable[[], object] = lambda: None) -> None:
-        self.folder, self._confirm = folder, confirm
+        self.folder, self.confirm = folder, confirm
         self.facts = {"format": FORMAT, "processor": processor(), **facts}
         key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self.path = folder / key[:32]
         self.hit, self.problem = False, ""
         self._entry: Entry | None = None
+        self._held = ExitStack()  # the lock of `find`
+        self._look()
+
+    def _look(self) -> None:
         try:
-            _require_private(folder)
+            _require_private(self.folder)
             self._entry = Entry(self.path, self.facts)
         except FileNotFoundError:
             pass
@@ -158,25 +162,76 @@ class Slot:
         except (OSError, ValueError) as error:
             self._remove(str(error))
 
+    def find(self, load: Callable[[Entry], T], *, exclusive: bool = False) -> T | None:
+        """The model, loaded from the entry; None if there is none that loads.
+
+        exclusive   if there is none, this process alone is to make it, until `close`; if another is at it, it is waited
+                    for, and what it made is loaded. Where no lock can be had, `problem` says why.
+        """
+        model = self._loaded(load)
+        if model is None and exclusive and not self.problem:
+            try:
+                self._exclude()
+            except OSError as error:
+                self.problem = _reason(error)
+            else:
+                self._look()
+                model = self._loaded(load)
+        return model
+
+    def _exclude(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(self.folder)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self.folder / f"{_LOCK}{self.path.name}", flags, 0o600)
+        self._held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("cache: another process makes %s: waiting for it", self.path.name)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    def _loaded(self, load: Callable[[Entry], T]) -> T | None:
+        if not self._entry:
+            return None
+        try:
+            model = load(self._entry)
+        except Exception as error:  # each runtime has its own kinds
+            self._remove(f"it does not load: {_reason(error)}")
+            return None
+        else:
+            self.hit = True
+            with suppress(OSError):  # when it was last used; a disk may be read-only
+                os.utime(self.path / ENTRY)
+            return model
+        finally:
+            self._close_entry()
+
+    def keep(self, files: Mapping[str, bytes]) -> None:
+        """Stores these files in place of what is there; where it cannot, `problem` says why."""
+        if self.problem:
+            return
+
+        def write(folder: Path) -> None:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+
+        try:
+            if self.path.exists():
+                _discard(self.path)
+            self._store(write)
+        except OSError as error:
+            self.problem = _reason(error)
+
     def use(self, load: Callable[[Entry], T], write: Callable[[Path], None]) -> T | None:
         """The model, loaded from the entry; from one that `write` first puts into a folder, if there is none.
 
         None if that fails; the reason is `problem`. Whatever `load` needs of the entry it must map or read. Raises what
         `confirm` does.
         """
-        if self._entry:
-            try:
-                model = load(self._entry)
-            except Exception as error:  # each runtime has its own kinds
-                self._remove(f"it does not load: {_reason(error)}")
-            else:
-                self.hit = True
-                with suppress(OSError):  # when it was last used; a disk may be read-only
-                    os.utime(self.path / ENTRY)
-                return model
-            finally:
-                self.close()
-        self._confirm()
+        if (model := self.find(load)) is not None:
+            return model
+        self.confirm()
         if self.problem:
             return None
         try:
@@ -189,9 +244,13 @@ class Slot:
                 self._remove(self.problem)
             return None
         finally:
-            self.close()
+            self._close_entry()
 
     def close(self) -> None:
+        self._close_entry()
+        self._held.close()
+
+    def _close_entry(self) -> None:
         if self._entry:
             self._entry.close()
             self._entry = None

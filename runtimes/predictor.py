@@ -24,8 +24,10 @@ from msa2net.runtimes.backends import (
     RUNTIMES,
     Backend,
     backend_class,
+    candidates,
     default_threads,
     why_not,
+    why_not_here,
     why_not_precision,
 )
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
@@ -177,18 +179,20 @@ class Predictor:
         *,
         runtime: str = "auto",
         precision: str = "fp32",
-        device: str = "CPU",
+        device: str | None = None,
         threads: int | None = None,
         cache: str | Path | Literal[False] | None = None,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
-        runtime     "onnxruntime", "openvino", "pytorch", or "auto": the first of these, in this order, that is
-                    installed and has an artifact in `precision` that did not fail its accuracy check. One that is
-                    named never falls back to another; if it failed, there is an AccuracyLossWarning.
+        runtime     "onnxruntime", "openvino", "pytorch", "tensorrt", "tensorrt-rtx", or "auto": the first of
+                    `backends.candidates(device)` that is installed and has an artifact in `precision` that did not fail
+                    its accuracy check. One that is named never falls back to another; if it failed, there is an
+                    AccuracyLossWarning.
         precision   "fp32"; others if the bundle has them. Never changed in silence: what ran is in `execution`. "int8"
                     with runtime "auto" takes "int8-portable" where the CPU has no VNNI or dot products.
-        device      "CPU"; with OpenVINO any device that it lists; with PyTorch also "cuda" or "cuda:N"
+        device      "CPU"; with OpenVINO any device that it lists; "cuda" or "cuda:N" with the others. If None, "cuda"
+                    with TensorRT, else "CPU".
         threads     for one inference; by default the cores that the process may use, by its affinity and by the quota
                     of its control groups
         cache       where what the runtime compiles is kept for the next start: a folder, made if need be; None or
@@ -219,7 +223,8 @@ class Predictor:
                 stacklevel=2,
             )
         bundle = Bundle(DEMO_BUNDLE if path is None else path)
-        artifact = _choose(bundle, precision) if runtime == "auto" else bundle.artifact(runtime, precision)
+        device = device or ("CPU" if runtime == "auto" else RUNTIMES[runtime].device)
+        artifact = _choose(bundle, precision, device) if runtime == "auto" else bundle.artifact(runtime, precision)
         if not artifact.passed:
             reasons = "; ".join(artifact.shortfalls) or "its images allowed no judgement"
             warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
@@ -232,6 +237,8 @@ class Predictor:
             slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads), checked.result)
             if not slot:
                 checked.result()
+            if slot:
+                stack.callback(slot.close)
             try:
                 backend = backend_type(files, bundle.manifest, device, artifact.precision, threads, slot, artifact.rest)
             except Msa2NetError:
@@ -244,9 +251,12 @@ class Predictor:
                     "Update the runtime, or export again.",
                 ) from error
             finally:
-                if slot:
-                    slot.close()
                 checked.result()  # whatever came of it, a changed file is what there is to say
+            cached = slot is not None and slot.hit
+            execution = _execution(bundle, artifact, backend, runtime, precision, device, cached)
+            predictor = cls(bundle, artifact, backend, execution)
+            if backend.facts.built:
+                predictor._prove()
         if slot and slot.problem:
             warnings.warn(
                 f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
@@ -254,24 +264,24 @@ class Predictor:
                 CacheWarning,
                 stacklevel=2,
             )
-        execution = Execution(
-            runtime=artifact.runtime,
-            runtime_asked=runtime,
-            runtime_version=backend.facts.version,
-            device=backend.facts.device,
-            device_asked=device,
-            provider=backend.facts.provider,
-            precision=backend.facts.precision,
-            precision_asked=precision,
-            accuracy=artifact.accuracy,
-            threads=backend.facts.threads,
-            cached=slot is not None and slot.hit,
-            model=bundle.manifest.model_name,
-            model_version=bundle.manifest.model_version,
-            bundle_digest=bundle.digest,
-            layers=backend.facts.layers,
-        )
-        return cls(bundle, artifact, backend, execution)
+        return predictor
+
+    def _prove(self) -> None:
+        """Runs the golden frames on what was just built, and keeps it. Raises OutputError if they do not pass."""
+        try:
+            verdict = self.self_test()
+        except Msa2NetError:
+            self.close()
+            raise
+        if not verdict.passed:
+            self.close()
+            raise OutputError(
+                f"runtime {self.execution.runtime!r}",
+                f"what it built on this device does not do what was exported ({verdict})",
+                "expected the golden frames to pass",
+                "Do not use it on this device: update the runtime and its driver, or take another runtime.",
+            )
+        self._backend.keep(asdict(verdict) | {"passed": True})
 
     def predict(self, frame: Any, *, bits: int | None = None) -> Segmentation:
         """Segments one frame.
@@ -367,7 +377,7 @@ class Predictor:
         for artifact in manifest.artifacts:
             try:
                 error: Msa2NetError | None = why_not(artifact.runtime)
-                error = error or why_not_precision(artifact.runtime, artifact.precision)
+                error = error or why_not_here(artifact.runtime, artifact.precision)
             except RuntimeUnavailableError as unknown:
                 error = unknown
             found.append(
@@ -398,16 +408,39 @@ class Predictor:
         self.close()
 
 
-def _choose(bundle: Bundle, precision: str) -> Artifact:
-    """For runtime="auto": the first runtime of the table that can run, each one passed over logged with its reason.
+def _execution(
+    bundle: Bundle, artifact: Artifact, backend: Backend, runtime: str, precision: str, device: str, cached: bool
+) -> Execution:
+    facts = backend.facts
+    return Execution(
+        runtime=artifact.runtime,
+        runtime_asked=runtime,
+        runtime_version=facts.version,
+        device=facts.device,
+        device_asked=device,
+        provider=facts.provider,
+        precision=facts.precision,
+        precision_asked=precision,
+        accuracy=artifact.accuracy,
+        threads=facts.threads,
+        cached=cached,
+        model=bundle.manifest.model_name,
+        model_version=bundle.manifest.model_version,
+        bundle_digest=bundle.digest,
+        layers=facts.layers,
+    )
+
+
+def _choose(bundle: Bundle, precision: str, device: str) -> Artifact:
+    """For runtime="auto": the first that can run on the device, each one passed over logged with its reason.
 
     For "int8" the portable artifact is taken where the CPU cannot run the other, or the bundle has no other.
     """
     reasons = []
     wanted = INT8 if precision == "int8" else (precision,)
-    for precision, runtime in product(wanted, RUNTIMES):
+    for precision, runtime in product(wanted, candidates(device)):
         try:
-            if error := why_not(runtime) or why_not_precision(runtime, precision):
+            if error := why_not(runtime) or why_not_precision(runtime, precision, device):
                 raise error
             artifact = bundle.artifact(runtime, precision)
             if not artifact.passed:

@@ -14,7 +14,9 @@ from PIL import Image
 
 from msa2net.__main__ import main
 from msa2net.core.phantoms import phantom
-from msa2net.runtimes.backends import RUNTIMES
+from msa2net.runtimes.backends import candidates
+
+RUNTIMES = candidates("CPU")
 
 FRAME = phantom("ultrasound", 5, (90, 120)).image
 
@@ -269,7 +271,10 @@ def test_an_array_out_of_range_is_refused(run: Run, bundle: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("--runtime", "tflite"), "error: runtime: got 'tflite', expected one of auto, onnxruntime, openvino, pytorch"),
+        (
+            ("--runtime", "tflite"),
+            "error: runtime: got 'tflite', expected one of auto, onnxruntime, openvino, pytorch, tensorrt",
+        ),
         (("--precision", "int8", "--runtime", "openvino"), "no artifact for openvino in int8, it has: "),
         (("--threads", "0"), "error: threads: got 0, expected a whole number of at least 1"),
         (("--overlay", "out.jpg"), "error: --overlay: got the ending '.jpg', expected .png or a folder"),

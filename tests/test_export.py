@@ -37,8 +37,10 @@ from msa2net.errors import BundleError, CheckpointError, DataError, ExportError,
 from msa2net.export import export_bundle, parity, pipeline, writer
 from msa2net.export.writer import new_bundle
 from msa2net.runtimes import AccuracyLossWarning, Predictor, measure
-from msa2net.runtimes.backends import RUNTIMES
+from msa2net.runtimes.backends import candidates
 from msa2net.runtimes.bundle import MANIFEST, SUMS, Bundle, ClassInfo
+
+RUNTIMES = candidates("CPU")
 
 CONFIG = replace(VARIANTS["tiny"], num_classes=2)
 CHECKOUT = Path(msa2net.__file__).resolve().parent

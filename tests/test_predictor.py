@@ -28,7 +28,7 @@ from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.measure import pixel_agreement
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
-CPU_RUNTIMES = tuple(backends.RUNTIMES)
+CPU_RUNTIMES = backends.candidates("CPU")
 REAL = ("rgb_color", "ybr_color", "jpeg2k", "palette_color")
 FRAME = phantom("dermoscopy", 77, (120, 160)).image
 
@@ -424,7 +424,8 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(RuntimeUnavailableError) as caught:
         Predictor.load(DEMO_BUNDLE, runtime="tensorflow")
     assert str(caught.value) == (
-        "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch. Check the spelling."
+        "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch, tensorrt, tensorrt-rtx. "
+        "Check the spelling."
     )
 
 

@@ -3,6 +3,8 @@
 A backend is a class with
     __init__(files, manifest, device, precision, threads, slot, rest)   loads, by way of the cache if there is a
                  `slot`; raises RuntimeUnavailableError if it cannot as asked. `rest` is that of `bundle.Artifact`.
+    keep(verdict)  where `facts.built`: called when the golden frames have passed on what was built just now, with their
+                 figures; puts it into the cache
     infer(x)     (1, C, h, w) float32 -> (1, K, h, w) float32, an array that the caller may keep; from any thread
     facts        `Facts`: what the runtime says it really runs, read back from it
     close()      frees what it holds
@@ -12,8 +14,10 @@ A backend is a class with
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+import logging
 import math
 import os
 from contextlib import suppress
@@ -28,12 +32,16 @@ from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Slot, cpu_features
 
+log = logging.getLogger("msa2net")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a loaded runtime reports of itself: version, device, provider (its execution engine), precision, threads.
 
     layers   how many layers it runs in each precision, such as {"bf16": 617, "f32": 24}; empty if it does not say
+    built    whether it was compiled just now by what need not make the same of it each time: the golden frames are run
+             before anything else is
     """
 
     version: str
@@ -42,6 +50,7 @@ class Facts:
     precision: str
     threads: int
     layers: dict[str, int] = field(default_factory=dict)
+    built: bool = False
 
 
 class Backend(Protocol):
@@ -63,24 +72,41 @@ class Backend(Protocol):
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
 
+    def keep(self, verdict: dict[str, Any]) -> None: ...
+
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: the backend's class, the modules it imports, and the extra that installs them."""
+    """A row of the table: the backend's class, the modules it imports, and the extra that installs them.
+
+    device   where it runs if none is named; "cuda" for those that run on NVIDIA GPUs alone
+    """
 
     path: str
     modules: tuple[str, ...]
     extra: str
+    device: str = "CPU"
 
 
-# In the order in which runtime="auto" tries them: the fastest in fp32 first, by benchmarks/results/.
+# In the order in which runtime="auto" tries them: on a CPU the fastest in fp32 first, by benchmarks/results/; on a GPU
+# nothing has been measured.
 RUNTIMES = {
     "onnxruntime": Entry("msa2net.runtimes.backends.onnxruntime:OnnxRuntimeBackend", ("onnxruntime",), "onnxruntime"),
     "openvino": Entry("msa2net.runtimes.backends.openvino:OpenVinoBackend", ("openvino",), "openvino"),
     "pytorch": Entry("msa2net.runtimes.backends.pytorch:PyTorchBackend", ("torch", "safetensors"), "pytorch"),
+    "tensorrt": Entry(
+        "msa2net.runtimes.backends.tensorrt:TensorRtBackend", ("tensorrt", "cuda.bindings"), "tensorrt", "cuda"
+    ),
+    "tensorrt-rtx": Entry(
+        "msa2net.runtimes.backends.tensorrt:TensorRtRtxBackend",
+        ("tensorrt_rtx", "cuda.bindings"),
+        "tensorrt-rtx",
+        "cuda",
+    ),
 }
+_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime", "pytorch")  # those that can, in the order of "auto"
 
 
 def why_not(runtime: str) -> RuntimeUnavailableError | None:
@@ -91,11 +117,36 @@ def why_not(runtime: str) -> RuntimeUnavailableError | None:
         )
     entry = RUNTIMES[runtime]
     for module in entry.modules:
-        if importlib.util.find_spec(module) is None:
+        if not _is_there(module):
             return RuntimeUnavailableError(
                 f"runtime {runtime!r}", f"needs the package {module}", "", f"pip install 'msa2net-edge[{entry.extra}]'"
             )
     return None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+def is_cuda(device: str) -> bool:
+    return device.partition(":")[0] == "cuda"
+
+
+def candidates(device: str) -> tuple[str, ...]:
+    """The runtimes that "auto" tries on this device, in order."""
+    return _ON_GPU if is_cuda(device) else tuple(name for name, entry in RUNTIMES.items() if entry.device == "CPU")
+
+
+def why_no_gpu() -> str:
+    """Why no NVIDIA GPU can be used here; empty if there is a driver."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1)"
+    return ""
 
 
 INT8 = ("int8", "int8-portable")
@@ -137,6 +188,15 @@ def why_not_precision(runtime: str, precision: str, device: str = "CPU") -> Runt
         "expected a CPU that computes in it",
         "Use the artifact in int8-portable or fp32." if precision == "int8" else "Use the artifact in fp32.",
     )
+
+
+def why_not_here(runtime: str, precision: str) -> RuntimeUnavailableError | None:
+    """Why `runtime` cannot run `precision` on this machine, on the device that it takes if none is named."""
+    if (device := RUNTIMES[runtime].device) == "CPU":
+        return why_not_precision(runtime, precision)
+    if not (missing := why_no_gpu()):
+        return None
+    return RuntimeUnavailableError(f"runtime {runtime!r}", missing, f"expected a GPU for {device!r}", "Install it.")
 
 
 def backend_class(runtime: str) -> type[Backend]:

@@ -1,18 +1,21 @@
-"""ONNX Runtime on the CPU.
+"""ONNX Runtime, on the CPU or an NVIDIA GPU.
 
-The second start maps weights that are already laid out as the kernels want them from the cache, instead of holding
-them in memory of its own. What ONNX Runtime optimises is for one processor, so it is never part of a bundle.
+On the CPU the second start maps weights that are already laid out as the kernels want them from the cache, instead of
+holding them in memory of its own. What ONNX Runtime optimises is for one processor, so it is never part of a bundle. On
+a GPU image and logits have memory there that is bound once, and every node runs there or nothing does.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +28,10 @@ from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
 PROVIDER = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+_PROVIDERS = {"cuda": (_CUDA,), "tensorrt": ("TensorrtExecutionProvider", _CUDA)}  # by device
+_SETTINGS = {_CUDA: {"use_tf32": "0"}}
+_MEMORY = "cuda"
 _ERRORS_ONLY = 3
 _PRODUCTS = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul"}
 _INT8_PRODUCTS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
@@ -47,15 +54,23 @@ class OnnxRuntimeBackend:
         slot: Slot | None = None,
         rest: str = "fp32",
     ) -> None:
+        self._threads, self._profiles = threads, None
+        if device.partition(":")[0] in _PROVIDERS:
+            session = _on_gpu(files[0], device, precision, self._options())
+            self._run: Callable[[NDArray[np.float32]], Any] = _Bound(session, manifest, device)
+            provider, *_ = session.get_providers()
+            self.facts = Facts(
+                version=onnxruntime.__version__, device=device, provider=provider, precision=precision, threads=0
+            )
+            return
         require_cpu("onnxruntime", device, precision, ("fp32", "fp16", *INT8))
-        self._threads = threads
         with TemporaryDirectory() if precision != "fp32" else nullcontext() as self._profiles:
             # Of fp16, ONNX Runtime 1.32 on Arm cannot read the packed weights that it wrote.
             session = self._load(files[0], slot if precision != "fp16" else None)
             # A graph of floats runs in fp32 on this provider; one in less may do so, too, and that is read back.
             layers = self._executed(session, manifest, precision) if precision != "fp32" else {}
-        self._session = session
-        self._input = session.get_inputs()[0].name
+        image = session.get_inputs()[0].name
+        self._run = lambda x: session.run(None, {image: x})[0]
         self.facts = Facts(
             version=onnxruntime.__version__,
             device="CPU",
@@ -107,8 +122,8 @@ class OnnxRuntimeBackend:
         return dict(sorted(Counter(kind for name, kind in kinds if name not in _NO_COMPUTE).items()))
 
     @staticmethod
-    def compiled_for(device: str, threads: int) -> dict[str, Any]:
-        return {"version": onnxruntime.__version__}
+    def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
+        return {"version": onnxruntime.__version__} if device == "CPU" else None
 
     def _options(self) -> Any:
         options = onnxruntime.SessionOptions()
@@ -155,10 +170,76 @@ class OnnxRuntimeBackend:
         return session
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return cast("NDArray[np.float32]", self._session.run(None, {self._input: x})[0])
+        return cast("NDArray[np.float32]", self._run(x))
 
     def close(self) -> None:
-        del self._session
+        del self._run
+
+
+def _on_gpu(file: str, device: str, precision: str, options: Any) -> Any:
+    """A session on a GPU: "cuda" or "cuda:N" by CUDA's provider, "tensorrt" or "tensorrt:N" by both."""
+    kind, _, number = device.partition(":")
+    place, providers = "runtime 'onnxruntime'", _PROVIDERS[kind]
+    if device.endswith(":") or not (number or "0").isdecimal():
+        raise RuntimeUnavailableError(place, f"got device {device!r}", f"expected '{kind}' or '{kind}:N'", "Check it.")
+    if precision not in ("fp32", "fp16"):
+        raise RuntimeUnavailableError(
+            place, f"got precision {precision!r} on a GPU", "expected 'fp32' or 'fp16'", "TensorRT's int8 runs there."
+        )
+    if kind == "tensorrt" and precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        raise RuntimeUnavailableError(
+            place,
+            "TensorRT's provider would compute float32 in TF32",
+            "expected NVIDIA_TF32_OVERRIDE=0 in the environment, its only switch",
+            "Start the process with it, or take device='cuda' or fp16.",
+        )
+    if missing := [name for name in providers if name not in onnxruntime.get_available_providers()]:
+        raise RuntimeUnavailableError(
+            place,
+            f"got device {device!r}, the package that is installed has no {missing[0]}",
+            "expected 'CPU', or onnxruntime-gpu alone: with onnxruntime beside it one overwrites the other's files",
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu.",
+        )
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    settings = [(name, {"device_id": number or "0"} | _SETTINGS.get(name, {})) for name in providers]
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=settings)
+    except Exception as error:  # its exception classes share no other base
+        raise RuntimeUnavailableError(
+            place, f"cannot load the model on {device} ({error})", "", "Check the driver, CUDA and cuDNN."
+        ) from error
+    found = tuple(session.get_providers())
+    if found[: len(providers)] != providers:
+        raise RuntimeUnavailableError(
+            place,
+            f"runs on {', '.join(found)}",
+            f"expected {', '.join(providers)}",
+            "Are the driver, CUDA and cuDNN there in the versions that onnxruntime-gpu names?",
+        )
+    return session
+
+
+class _Bound:
+    """A session with image and logits in memory of the GPU; one inference at a time, a second thread waits."""
+
+    def __init__(self, session: Any, manifest: Manifest, device: str) -> None:
+        contract, index = manifest.input, int(device.partition(":")[2] or 0)
+        shapes = ((1, planes, contract.height, contract.width) for planes in (contract.channels, len(manifest.classes)))
+        self._image, self._logits = (
+            onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), _MEMORY, index) for shape in shapes
+        )
+        self._session, self._lock = session, Lock()
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(session.get_inputs()[0].name, self._image)
+        self._binding.bind_ortvalue_output(session.get_outputs()[0].name, self._logits)
+        session.run_with_iobinding(self._binding)  # kernels are chosen, or an engine is built, at the first
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._lock:
+            self._image.update_inplace(x)
+            self._session.run_with_iobinding(self._binding)
+            logits: NDArray[np.float32] = self._logits.numpy().copy()
+            return logits
 
 
 # The fields of ONNX's messages that matter here, by number: see onnx.proto.

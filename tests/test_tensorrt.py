@@ -1,0 +1,715 @@
+"""TensorRT: what is exported is built to real engines by TensorRT for RTX; the backend runs above `fake_tensorrt`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_tensorrt as fake
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from msa2net import Predictor
+from msa2net.core import DEEP_DECODERS, VARIANTS, MSA2Net
+from msa2net.core.phantoms import KINDS, phantom
+from msa2net.core.rewrites import chosen, rewritten
+from msa2net.errors import BundleError, ExportError, OutputError, RuntimeUnavailableError
+from msa2net.export import export_bundle, fp16, onnx_file, precision, quantize, tensorrt
+from msa2net.export.pipeline import TARGETS
+from msa2net.runtimes import CacheWarning, preprocess
+from msa2net.runtimes.bundle import Bundle, parse_recipe
+
+CHECKPOINT = Path(__file__).parent.parent / "core" / "demo.safetensors"
+PRECISIONS = ("fp32", "fp16", "int8")
+FRAME = phantom("dermoscopy", 77, (120, 160)).image
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+    return export_bundle(
+        CHECKPOINT,
+        tmp_path_factory.mktemp("export") / "demo.bundle",
+        runtimes=("onnxruntime", "tensorrt", "tensorrt-rtx"),
+        precisions=("fp32", "fp16"),
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs(bundle: Path) -> list[Any]:
+    contract = Bundle(bundle).manifest.input
+    return [preprocess.to_tensor(phantom(KINDS[i % 2], 900 + i, (224, 224)).image, contract, None) for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def int8(bundle: Path, inputs: list[Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[tensorrt.Int8, Path]:
+    folder = tmp_path_factory.mktemp("int8")
+    shutil.copy(bundle / "onnx/model.onnx", folder / "model.onnx")
+    lowering = tensorrt.Int8(folder, ("model.onnx",), "int8.onnx", inputs[2:], inputs[:2], False)
+    lowering.write(())
+    return lowering, folder / "int8.onnx"
+
+
+# Export -------------------------------------------------------------------------------------------------------------
+
+
+def test_tensorrt_shares_the_file_of_onnxruntime_and_its_verdict(bundle: Path) -> None:
+    manifest = Bundle(bundle).manifest
+    assert {each.name for each in manifest.artifacts} == {
+        f"{runtime} {named}" for runtime in ("onnxruntime", "tensorrt", "tensorrt-rtx") for named in ("fp32", "fp16")
+    }
+    for named in ("fp32", "fp16"):
+        ours, theirs, engine = (
+            Bundle(bundle).artifact(each, named) for each in ("tensorrt", "onnxruntime", "tensorrt-rtx")
+        )
+        assert (ours.files, ours.parity, ours.tolerance) == (theirs.files, theirs.parity, theirs.tolerance)
+        assert theirs.recipe is None
+        assert ours.recipe is not None
+        assert ours.recipe.compute_capabilities == ()
+        assert engine.parity == ours.parity
+        assert engine.recipe is not None
+        assert engine.recipe.compute_capabilities == ("8.6", "8.9", "12.0")
+        assert engine.versions["tensorrt_rtx"] == engine.recipe.version[0]
+    assert {path.relative_to(bundle).parts[0] for path in bundle.rglob("*")} == {
+        *("SHA256SUMS", "manifest.json", "golden", "onnx", "tensorrt-rtx")
+    }
+
+
+def test_an_engine_is_the_same_bytes_each_time(bundle: Path) -> None:
+    entry = next(
+        each for each in json.loads((bundle / "manifest.json").read_text())["artifacts"] if "built_from" in each
+    )
+    model = (bundle / "onnx/model.onnx").read_bytes()
+    _, engine = tensorrt.engine(model, entry["recipe"], entry["recipe"]["compute_capabilities"])
+    assert engine == (bundle / entry["files"][0]["path"]).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["8.6", "8.9", "12.0"])
+def test_int8_builds_for_every_target(int8: tuple[tensorrt.Int8, Path], bundle: Path, target: str) -> None:
+    recipe = json.loads((bundle / "manifest.json").read_text())["artifacts"][-1]["recipe"]
+    assert len(tensorrt.engine(int8[1].read_bytes(), recipe, [target])[1]) > 1_000_000
+
+
+def products(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, dict[str, onnx.NodeProto]]]:
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            yield node, makers
+
+
+def test_every_product_meant_for_int8_has_qdq_on_both_inputs_and_nothing_else_has(
+    int8: tuple[tensorrt.Int8, Path],
+) -> None:
+    lowering, path = int8
+    model = onnx.load(path)
+    meant = set(quantize.quantized_nodes(onnx.load(path.parent / "model.onnx")))
+    assert len(meant) > 100
+    read = set()
+    for node, makers in products(model):
+        rounded = [name in makers and makers[name].op_type == "DequantizeLinear" for name in node.input[:2]]
+        assert rounded == [node.name in meant] * 2
+        if node.name in meant:
+            read.update(node.input[:2])
+    makers = {name: node for node in model.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":  # for a product, and for nothing else
+            assert node.output[0] in read
+            assert all(node.output[0] not in other.input or other.name in meant for other in model.graph.node)
+            zero = onnx.numpy_helper.to_array(constants[node.input[2]])
+            assert zero.dtype == np.int8
+            assert not zero.any()
+        if node.op_type == "QuantizeLinear":  # of what has not been rounded before
+            source = makers.get(node.input[0])
+            while source is not None and source.op_type in ("Reshape", "Transpose", "Cast"):
+                source = makers.get(source.input[0])
+            assert source is None or source.op_type != "DequantizeLinear"
+    assert sorted(lowering.places) == sorted({quantize.fine_place(name) for name in meant})
+
+
+def test_int8_and_fp16_do_on_a_cpu_what_fp32_does(
+    int8: tuple[tensorrt.Int8, Path], bundle: Path, inputs: list[Any]
+) -> None:
+    lowering, path = int8
+    expected = [lowering.reference()(x) for x in inputs]
+    for file, least, most in ((path, 0.998, 0.5), (bundle / "onnx/model-fp16.onnx", 0.9995, 0.02)):
+        infer = fp16.emulation(file)
+        found = [infer(x) for x in inputs]
+        assert precision.boundary_error(expected, found) < most
+        for a, b in zip(expected, found, strict=True):
+            assert np.mean(a.argmax(1) == b.argmax(1)) >= least
+
+
+def test_a_place_that_is_kept_loses_its_quantizers_and_no_other_does(int8: tuple[tensorrt.Int8, Path]) -> None:
+    lowering, _ = int8
+    kept = lowering.places[0]
+    before, after = (lowering._with_quantizers(each) for each in ((), (kept,)))
+    rounded = [{node.name for node, makers in products(model) if node.input[1] in makers} for model in (before, after)]
+    lost = {name for name in rounded[0] - rounded[1] if "/" in name}
+    assert {quantize.fine_place(name) for name in lost} == {kept}
+
+
+def test_weights_are_rounded_with_the_scale_that_fp16_holds() -> None:
+    weights = np.array([[1e-3, 2e-9], [-5.2e-4, 0]], np.float32)
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "product/y")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [value("x", 1, [2, 2])],
+        [value("y", 1, [2, 2])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", onnx_file.OPSET)], ir_version=10)
+    made = tensorrt.with_qdq(model, ["product/y"], {"x": 1.0})
+    onnx.checker.check_model(made, full_check=True)
+    found = {each.name: onnx.numpy_helper.to_array(each) for each in made.graph.initializer}
+    assert np.array_equal(found["w/scale"], found["w/scale"].astype(np.float16))
+    assert np.abs(found["w/int8"] * found["w/scale"] - weights).max() <= found["w/scale"].max() / 2
+    assert found["x/scale"] == pytest.approx(1 / 127, rel=1e-3)
+    x = np.array([[0.5, -0.25], [1.0, 0.1]], np.float32)
+    assert np.abs(onnx_file.runner(made, fuse=False)(x) - x @ weights).max() < 2e-2 * np.abs(x @ weights).max()
+
+
+def test_a_batch_gets_a_profile_and_an_engine(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    output = export_bundle(
+        CHECKPOINT, tmp_path / "b", runtimes=("tensorrt", "tensorrt-rtx"), batch=4, targets=["8.6"], progress=False
+    )
+    artifact = Bundle(output).artifact("tensorrt", "fp32")
+    assert artifact.recipe is not None
+    assert artifact.recipe.batch == 4
+    assert [file.path for file in artifact.files] == ["tensorrt/model.onnx"]
+    shape = onnx.load(output / "tensorrt/model.onnx").graph.input[0].type.tensor_type.shape
+    assert shape.dim[0].dim_param
+    x = np.random.default_rng(0).normal(size=(3, 3, 224, 224)).astype(np.float32)
+    infer = onnx_file.runner(onnx.load(output / "tensorrt/model.onnx"))
+    assert np.abs(infer(x) - np.concatenate([infer(each[None]) for each in x])).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["8.7"]}, r"targets: got 8\.7, expected some of .*8\.6"),
+        ({"targets": []}, "targets: got none, expected some of"),
+        ({"batch": 0}, "batch: got 0, expected 1 to 1024"),
+        ({"hardware_compatibility": "all"}, "hardware_compatibility: got 'all', expected one of none, ampere"),
+        ({"precisions": ("bf16",)}, "precisions: got 'bf16', expected what a runtime has"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(ExportError, match=message):
+        export_bundle(CHECKPOINT, tmp_path / "b", runtimes=("tensorrt-rtx",), progress=False, **options)
+
+
+def test_polygraphy_finds_no_node_that_is_not_supported(int8: tuple[tensorrt.Int8, Path], bundle: Path) -> None:
+    pytest.importorskip("polygraphy")
+    pytest.importorskip("tensorrt_rtx")
+    for file in (bundle / "onnx/model.onnx", bundle / "onnx/model-fp16.onnx", int8[1]):
+        done = subprocess.run(
+            [Path(sys.executable).parent / "polygraphy", "inspect", "capability", file],
+            env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
+            cwd=int8[1].parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "fully supported" in done.stdout.lower(), done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", DEEP_DECODERS)
+def test_the_released_size_builds_for_every_target_in_every_precision(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    torch.manual_seed(0)
+    model = MSA2Net(dataclasses.replace(VARIANTS["small"], deep_decoder=form)).eval()
+    onnx_file.write(rewritten(model, chosen("onnxruntime")), 3, tmp_path / "fp32.onnx")
+    inputs = [np.random.default_rng(i).normal(size=(1, 3, 224, 224)).astype(np.float32) for i in range(2)]
+    fp16.Fp16(tmp_path, "fp32.onnx", "fp16.onnx", inputs[:1]).write(())
+    tensorrt.Int8(tmp_path, ("fp32.onnx",), "int8.onnx", inputs[:1], inputs[1:], False).write(())
+    sizes = {}
+    for named, target in itertools.product(PRECISIONS, TARGETS):
+        content = (tmp_path / f"{named}.onnx").read_bytes()
+        recipe = {"batch": 1, "workspace": 1 << 30, "hardware_compatibility": "none"}
+        engines = [tensorrt.engine(content, recipe, [target])[1] for _ in range(2 if target == TARGETS[0] else 1)]
+        assert len(set(engines)) == 1
+        sizes[named, target] = len(engines[0])
+    print(sizes)
+    assert all(size > (tmp_path / f"{named}.onnx").stat().st_size / 2 for (named, _), size in sizes.items())
+
+
+# The backend, above the fake ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The fake in place of NVIDIA's modules."""
+    for name in ("tensorrt", "tensorrt_rtx", "cuda", "cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("cuda", "tensorrt"):
+        monkeypatch.delitem(sys.modules, f"msa2net.runtimes.backends.{name}", raising=False)
+    before = dict(fake.GPU)
+    fake.FAULTS.clear()
+    fake.COUNTS.clear()
+    fake.install(sys.modules)
+    yield
+    fake.FAULTS.clear()
+    fake.GPU.update(before)
+    for name in ("cuda", "tensorrt"):
+        sys.modules.pop(f"msa2net.runtimes.backends.{name}", None)
+
+
+@pytest.fixture
+def faked(bundle: Path, tmp_path: Path) -> Path:
+    """The bundle with fake engines in place of the real ones, which the fake cannot run."""
+    copy = tmp_path / "demo.bundle"
+    shutil.copytree(bundle, copy)
+    document = json.loads((copy / "manifest.json").read_text())
+    for entry in document["artifacts"]:
+        if entry["runtime"] == "tensorrt-rtx":
+            (file,) = entry["files"]
+            source = "onnx/model.onnx" if entry["precision"] == "fp32" else "onnx/model-fp16.onnx"
+            (copy / file["path"]).write_bytes(fake.engine_of(copy / source))
+            file |= {"bytes": (copy / file["path"]).stat().st_size, "sha256": sha256(copy / file["path"])}
+    rewrite(copy, document)
+    return copy
+
+
+def sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rewrite(root: Path, document: dict[str, Any]) -> None:
+    (root / "manifest.json").write_text(json.dumps(document))
+    files = sorted(each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file())
+    (root / "SHA256SUMS").write_text(
+        "".join(f"{sha256(root / each)}  {each}\n" for each in files if each != "SHA256SUMS")
+    )
+
+
+def load(root: Path, runtime: str = "tensorrt", cache: Any = False, **options: Any) -> Predictor:
+    return Predictor.load(root, runtime=runtime, cache=cache, **options)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_an_inference_is_one_graph_and_the_result_is_the_callers(faked: Path, runtime: str) -> None:
+    with load(faked, runtime) as predictor, load(faked, "onnxruntime") as other:
+        first, second = predictor.predict(FRAME), predictor.predict(FRAME[::-1].copy())
+        assert np.abs(first.logits - other.predict(FRAME).logits).max() < 1e-4
+        assert not np.array_equal(first.logits, second.logits)
+        execution = predictor.execution
+        assert (execution.device, execution.device_asked) == ("Fake GPU", "cuda")
+        assert execution.provider.endswith("one CUDA graph")
+        assert execution.layers == {"fp16": 1}
+        assert not execution.cached
+        assert fake.COUNTS["launches"] == 2 + len(predictor.bundle.manifest.golden)
+    assert not fake._memory, "GPU memory was not given back"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_cannot_be_captured_runs_all_the_same_and_says_so(faked: Path) -> None:
+    fake.FAULTS.add("not_capturable")
+    with load(faked) as predictor:
+        assert "without a CUDA graph" in predictor.execution.provider
+        assert predictor.self_test().passed
+
+
+@pytest.mark.usefixtures("gpu")
+def test_eight_threads_get_what_one_gets(faked: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    frames = [np.roll(FRAME, i * 7, axis=1) for i in range(16)]
+    with load(faked) as predictor, ThreadPoolExecutor(8) as pool:
+        expected = [predictor.predict(frame).logits for frame in frames]
+        found = list(pool.map(lambda frame: predictor.predict(frame).logits, frames))
+    assert all(map(np.array_equal, expected, found))
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_the_second_start_comes_from_the_cache_with_the_verdict_beside_it(
+    faked: Path, tmp_path: Path, runtime: str
+) -> None:
+    folder = tmp_path / "cache"
+    for cached in (False, True, True):
+        with load(faked, runtime, folder) as predictor:
+            assert predictor.execution.cached == cached
+    assert fake.COUNTS.get("builds", 0) == (runtime == "tensorrt")
+    (verdict,) = folder.glob("*/verdict.json")
+    assert json.loads(verdict.read_text())["passed"] is True
+    assert len(list(folder.glob("*/timings"))) == (runtime == "tensorrt")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("change", ["truncated", "flipped", "another entry", "foreign bytes", "link"])
+def test_an_engine_that_was_changed_is_never_deserialised(
+    faked: Path, tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    load(faked, cache=folder).close()
+    (engine,) = folder.glob("*/engine")
+    content = engine.read_bytes()
+    if change == "truncated":
+        engine.write_bytes(content[:-1])
+    elif change == "flipped":
+        engine.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif change == "another entry":
+        facts = json.loads((engine.parent / "entry.json").read_text())
+        facts["facts"]["driver"] = "1.0"
+        (engine.parent / "entry.json").write_text(json.dumps(facts))
+    elif change == "foreign bytes":
+        engine.write_bytes(b"not an engine")
+    else:
+        shutil.move(engine, tmp_path / "elsewhere")
+        engine.symlink_to(tmp_path / "elsewhere")
+    fake.COUNTS.clear()
+    with load(faked, cache=folder) as predictor:
+        assert not predictor.execution.cached
+        assert predictor.self_test().passed
+    assert fake.COUNTS["builds"] == 1
+    assert fake.COUNTS["deserialisations"] == 1  # of what was built anew
+    assert "is not used and built anew" in caplog.text
+    with load(faked, cache=folder) as predictor:
+        assert predictor.execution.cached
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "Another GPU"}, {"minor": 9}, {"driver": 12060}],
+    ids=lambda each: next(iter(each)),
+)
+def test_another_gpu_or_driver_gets_an_engine_of_its_own(faked: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    load(faked, cache=tmp_path / "cache").close()
+    fake.GPU.update(change)
+    with load(faked, cache=tmp_path / "cache") as predictor:
+        assert not predictor.execution.cached
+    assert fake.COUNTS["builds"] == 2
+
+
+@pytest.mark.usefixtures("gpu")
+def test_another_precision_or_version_gets_an_engine_of_its_own(faked: Path, tmp_path: Path) -> None:
+    load(faked, cache=tmp_path / "cache").close()
+    load(faked, cache=tmp_path / "cache", precision="fp16").close()
+    fake.install(sys.modules, version="10.17.0")
+    load(faked, cache=tmp_path / "cache").close()
+    assert fake.COUNTS["builds"] == 3
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("fault", ["wrong", "nan"])
+def test_an_engine_that_fails_the_golden_frames_is_neither_used_nor_kept(
+    faked: Path, tmp_path: Path, fault: str
+) -> None:
+    fake.FAULTS.add(fault)
+    with pytest.raises(OutputError):
+        load(faked, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/engine"))
+    assert not fake._memory
+    fake.FAULTS.clear()
+    with load(faked, cache=tmp_path / "cache") as predictor:
+        assert not predictor.execution.cached
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_folder_that_cannot_be_written_to_means_a_build_in_memory_and_a_warning(
+    faked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.warns(CacheWarning, match="the compiled model is not kept"),
+        load(faked, cache=tmp_path / "file/in") as p,
+    ):
+        assert p.self_test().passed
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    with (
+        pytest.warns(CacheWarning, match="No space left on device"),
+        load(faked, cache=tmp_path / "cache") as predictor,
+    ):
+        assert predictor.self_test().passed
+    assert not [each for each in (tmp_path / "cache").iterdir() if not each.name.startswith(".lock-")]
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+import fake_tensorrt as fake
+fake.install(sys.modules)
+from msa2net import Predictor
+with Predictor.load({bundle!r}, runtime="tensorrt", cache={cache!r}) as predictor:
+    print(predictor.execution.cached, predictor.self_test().passed)
+"""
+
+
+def start(faked: Path, tmp_path: Path, seconds: float) -> subprocess.Popen[str]:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), bundle=str(faked), cache=str(tmp_path / "cache"))
+    environment = os.environ | {
+        "FAKE_TENSORRT_LOG": str(tmp_path / "log"),
+        "FAKE_TENSORRT_SECONDS": str(seconds),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def events(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log").read_text().split() if (tmp_path / "log").exists() else []
+
+
+def test_two_processes_that_start_at_once_build_once(faked: Path, tmp_path: Path) -> None:
+    both = [start(faked, tmp_path, 3) for _ in range(2)]
+    said = [each.communicate(timeout=120) for each in both]
+    assert sorted(out.strip() for out, _ in said) == ["False True", "True True"], said
+    assert events(tmp_path).count("builds") == 1
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_hinders_the_next(faked: Path, tmp_path: Path) -> None:
+    first = start(faked, tmp_path, 600)
+    deadline = time.monotonic() + 60
+    while "builds" not in events(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = start(faked, tmp_path, 0)  # waits for the first
+    time.sleep(1)
+    first.send_signal(signal.SIGKILL)
+    out, err = second.communicate(timeout=120)
+    assert out.strip() == "False True", err
+    first.communicate()
+    assert start(faked, tmp_path, 0).communicate(timeout=120)[0].strip() == "True True"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("fault", "options", "message"),
+    [
+        (
+            "no_driver",
+            {},
+            r"no GPU can be used \(cudaGetDeviceCount: no driver .cudaErrorInsufficientDriver.\), expected",
+        ),
+        ("", {"device": "CPU"}, "got device 'CPU', expected 'cuda' or 'cuda:N'"),
+        ("", {"device": "cuda:"}, "got device 'cuda:', expected"),
+        ("", {"device": "cuda:3"}, "got device 'cuda:3', expected a number below 1"),
+        ("build", {}, "no engine was built: out of GPU memory"),
+        ("deserialize", {}, "the engine cannot be loaded: the magic tag does not match"),
+        ("context", {}, "the engine cannot be prepared: it gave no reason"),
+        ("execute", {}, "the engine cannot run"),
+    ],
+)
+def test_what_goes_wrong_on_the_device_has_a_name(
+    faked: Path, fault: str, options: dict[str, Any], message: str
+) -> None:
+    fake.FAULTS.add(fault)
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        load(faked, **options)
+    assert not fake._memory
+
+
+@pytest.mark.usefixtures("gpu")
+def test_too_little_gpu_memory_has_a_name(faked: Path) -> None:
+    fake.GPU["bytes"] = 1_000_000
+    with pytest.raises(RuntimeUnavailableError, match=r"0\.\d MB of \S+ memory: out of memory .cudaErrorMemoryAlloc"):
+        load(faked)
+    assert not fake._memory
+
+
+@pytest.mark.usefixtures("gpu")
+def test_versions_and_gpus_that_do_not_fit_are_named(faked: Path) -> None:
+    fake.GPU.update(major=8, minor=7)
+    expected = r"Fake GPU has compute capability 8\.7, expected 8\.6 or 8\.9 or 12\.0, which the engine was built for"
+    with pytest.raises(RuntimeUnavailableError, match=expected):
+        load(faked, "tensorrt-rtx")
+    fake.install(sys.modules, version="9.3.0", rtx_version="1.6.0.1")
+    with pytest.raises(
+        RuntimeUnavailableError, match=r"tensorrt 9\.3\.0 is installed, expected at least 10\.3 and below 12"
+    ):
+        load(faked)
+    with pytest.raises(RuntimeUnavailableError, match=r"tensorrt_rtx 1\.6\.0\.1 is installed, expected at least 1\.7"):
+        load(faked, "tensorrt-rtx")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_engine_that_the_library_finds_invalid_is_not_deserialised(bundle: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"the engine does not fit this device \(UNSUPPORTED_CC\)"):
+        load(bundle, "tensorrt-rtx")  # a real engine is none to the fake
+    assert "deserialisations" not in fake.COUNTS
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_a_changed_file_is_neither_parsed_nor_deserialised(
+    faked: Path, tmp_path: Path, runtime: str, cached: bool
+) -> None:
+    if cached:
+        load(faked, runtime, tmp_path / "cache").close()
+    fake.COUNTS.clear()
+    (file,) = Bundle(faked).artifact(runtime, "fp32").files
+    content = (faked / file.path).read_bytes()
+    (faked / file.path).write_bytes(content[:-4] + b"\0\0\0\0")
+    with pytest.raises(BundleError, match="changed: SHA-256"):
+        load(faked, runtime, tmp_path / "cache")
+    assert "builds" not in fake.COUNTS
+    assert runtime == "tensorrt" or "deserialisations" not in fake.COUNTS
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_missing_artifact_is_named_with_those_there_are(faked: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match="no artifact for tensorrt in int8, it has: onnxruntime fp32"):
+        load(faked, precision="int8")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_tensorrt_on_a_gpu_and_never_on_a_cpu(faked: Path) -> None:
+    with load(faked, "auto", device="cuda") as predictor:
+        assert predictor.execution.runtime == "tensorrt"
+    with load(faked, "auto") as predictor:
+        assert predictor.execution.runtime == "onnxruntime"
+
+
+def test_without_a_driver_it_is_said_and_nothing_runs_on_the_cpu(bundle: Path) -> None:
+    found = {each.runtime: each for each in Predictor.available(bundle) if each.precision == "fp32"}
+    if found["tensorrt-rtx"].available:
+        pytest.skip("there is a GPU")
+    assert "there is no NVIDIA driver (libcuda.so.1)" in found["tensorrt-rtx"].reason
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        with pytest.raises(RuntimeUnavailableError), warnings.catch_warnings():
+            load(bundle, runtime)
+
+
+# ONNX Runtime on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            r"got device 'cuda', the package that is installed has no CUDAExecutionProvider, expected 'CPU', or onnx",
+        ),
+        ({"device": "cuda:x"}, "got device 'cuda:x', expected 'cuda' or 'cuda:N'"),
+        ({"device": "tensorrt"}, "TensorRT's provider would compute float32 in TF32, expected NVIDIA_TF32_OVERRIDE=0"),
+        ({"device": "tensorrt", "precision": "fp16"}, "has no TensorrtExecutionProvider"),
+    ],
+)
+def test_onnxruntime_without_its_gpu_package_is_an_error(bundle: Path, options: dict[str, Any], message: str) -> None:
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed")
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        load(bundle, "onnxruntime", **({"device": "cuda"} | options))
+
+
+def test_a_provider_that_does_not_load_is_an_error_and_nothing_runs_on_the_cpu(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ONNX Runtime, that it drops the provider
+        with pytest.raises(
+            RuntimeUnavailableError, match=r"cannot load the model on cuda|runs on CPUExecutionProvider"
+        ):
+            load(bundle, "onnxruntime", device="cuda")
+
+
+def test_bound_memory_gives_what_copies_give_and_the_caller_keeps_it(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = importlib.import_module("msa2net.runtimes.backends.onnxruntime")
+
+    def on_cpu(file: str, *_: Any) -> Any:
+        return onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(backend, "_on_gpu", on_cpu)
+    monkeypatch.setattr(backend, "_MEMORY", "cpu")
+    with load(bundle, "onnxruntime", device="cuda") as predictor, load(bundle, "onnxruntime") as other:
+        first = predictor.predict(FRAME).logits
+        before = first.copy()
+        predictor.predict(FRAME[::-1].copy())
+        assert np.array_equal(first, before)
+        assert np.abs(first - other.predict(FRAME).logits).max() < 1e-4
+
+
+# What the inspector says ---------------------------------------------------------------------------------------------
+
+
+def test_layers_count_as_the_lowest_precision_that_they_touch() -> None:
+    layers = importlib.import_module("msa2net.runtimes.backends.tensorrt").layers
+
+    def layer(kind: str, *formats: str) -> dict[str, Any]:
+        return {
+            "LayerType": kind,
+            "Inputs": [{"Format/Datatype": formats[0]}],
+            "Outputs": [{"Format/Datatype": formats[1]}],
+        }
+
+    said = {
+        "Layers": [
+            layer(
+                "CaskConvolution",
+                "Thirty-two wide channel vectorized row major Int8 format",
+                "Row major linear FP16 format",
+            ),
+            layer("gemm", "Half", "Half"),
+            layer("kgen", "Row major linear FP32", "Float"),
+            layer("kgen", "BFloat16", "BFloat16"),
+            layer("Reformat", "Row major linear FP32", "Row major linear FP16 format"),
+            layer("strange", "?", "?"),
+            "a name alone",
+        ]
+    }
+    assert layers(json.dumps(said)) == {"bf16": 1, "fp16": 1, "fp32": 1, "int8": 1, "other": 1}
+    assert layers("") == layers("{}") == layers("[]") == {}
+
+
+# The manifest's recipe ------------------------------------------------------------------------------------------------
+
+RECIPE = {
+    "version": ["10.3", "12"],
+    "batch": 1,
+    "workspace": 1,
+    "hardware_compatibility": "none",
+    "compute_capabilities": ["8.6"],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": ["10.3"]}, "expected a list of 2 to 2 entries"),
+        ({"version": ["10.3", "twelve"]}, "expected a version such as"),
+        ({"batch": 0}, "expected a whole number from 1 to 1024"),
+        ({"batch": True}, "expected a whole number from 1 to 1024"),
+        ({"workspace": -1}, "expected a whole number from 1"),
+        ({"hardware_compatibility": "every"}, "expected 'none' or 'ampere"),
+        ({"compute_capabilities": [8.6]}, "expected a string"),
+    ],
+)
+def test_a_recipe_that_is_not_one_is_refused(change: dict[str, Any], message: str) -> None:
+    assert parse_recipe(RECIPE).compute_capabilities == ("8.6",)
+    with pytest.raises(BundleError, match=message):
+        parse_recipe(RECIPE | change)
