@@ -171,7 +171,6 @@ def host(host_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     device(loaded)
     yield loaded
     device(loaded)
-    cuda.unsupported.cache_clear()
 
 
 def device(
@@ -186,6 +185,7 @@ def device(
 ) -> None:
     pointers = ctypes.c_void_p(foreign), ctypes.c_void_p(moved)
     loaded.host_device(capability, processors, *pointers, launch_error, copies_at_once)
+    cuda.unsupported.cache_clear()  # it is not the device that it was
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -664,7 +664,6 @@ def test_a_library_that_has_nothing_for_the_gpu_is_not_taken(host: Any) -> None:
     x = torch.zeros(1, 8, 4, 4)
     assert cuda.why_not(x) is None
     device(host, launch_error=35)
-    cuda.unsupported.cache_clear()
     assert "the current device: this library was not built for the GPU, or its driver is too old" in cuda.why_not(x)
     with pytest.raises(KernelError, match="this library was not built for the GPU"):
         gated(problem((1, 8, 4, 4), torch.float32), "cuda")
