@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO := build/demo
 
-.PHONY: demo test check slow train clean
+.PHONY: demo test check slow torch-tensorrt train clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,14 @@ check: $(VENV)/installed
 # Slower checks, see CONTRIBUTING.md.
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# What Torch-TensorRT converts, without a GPU. Its packages exclude those of the tests, so it has an environment of its own.
+torch-tensorrt: $(VENV)/installed
+	test -e build/torch-tensorrt/installed || ( $(PYTHON) -m venv build/torch-tensorrt && \
+	    build/torch-tensorrt/bin/python -m pip install --quiet $(TORCH) && build/torch-tensorrt/bin/python -m pip install --quiet \
+	    torch-tensorrt-rtx==2.13.0 tensorrt-rtx==1.5.0.114 safetensors numpy pillow && touch build/torch-tensorrt/installed )
+	mkdir -p build/types && ln -sfn ../.. build/types/msa2net
+	PYTHONPATH=build/types build/torch-tensorrt/bin/python tests/torch_tensorrt_report.py
 
 # The demo's weights, from nothing: about an hour on two cores. It goes on where it was interrupted.
 train: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""The command line: `msa2net export | predict | verify | info`. An error of ours is one line and exit code 2."""
+"""The command line, `msa2net export | predict | verify | info | build-engine`. An error of ours is one line, code 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -18,6 +19,7 @@ from msa2net.errors import FrameError, Msa2NetError
 from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.backends import RUNTIMES, candidates
 from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, Bundle
+from msa2net.runtimes.cache import VARIABLE, default_folder
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
@@ -191,6 +193,31 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def build_engine(arguments: argparse.Namespace) -> int:
+    """Builds what the runtime compiles on this device, runs the golden frames on it, and keeps it for every start."""
+    if arguments.cache is None and default_folder() is None:
+        raise Msa2NetError("build-engine", f"${VARIABLE} is off", "expected a folder", "Give --cache.")
+    start = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
+        try:
+            with Predictor.load(
+                arguments.bundle,
+                runtime=arguments.runtime,
+                precision=arguments.precision,
+                device=arguments.device,
+                cache=arguments.cache,
+            ) as predictor:
+                execution = predictor.execution
+        except CacheWarning as warning:
+            raise Msa2NetError("build-engine", str(warning), "", "Nothing was kept.") from warning
+    found = "was there" if execution.cached else f"built in {time.monotonic() - start:.0f} s, its golden frames passed"
+    print(f"{execution.runtime} {execution.precision} on {execution.device}: {found}; {execution.provider}")
+    if execution.layers:
+        print(f"layers   {', '.join(f'{count} in {name}' for name, count in execution.layers.items())}")
+    return 0
+
+
 def info(arguments: argparse.Namespace) -> int:
     path = arguments.bundle or DEMO_BUNDLE
     bundle = Bundle(path)
@@ -244,6 +271,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="check every file of a bundle and run its golden frames here")
     command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
     command.set_defaults(run=verify)
+
+    command = commands.add_parser("build-engine", help="compile for this GPU now, and keep it for every start")
+    command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
+    command.add_argument(
+        "--runtime", default="tensorrt", choices=[name for name, entry in RUNTIMES.items() if entry.device == "cuda"]
+    )
+    command.add_argument("--precision", default="fp32", help=f"{', '.join(PRECISIONS)} (default: fp32)")
+    command.add_argument("--device", help="cuda or cuda:N (default: cuda)")
+    command.add_argument("--cache", type=Path, help="default: $MSA2NET_CACHE, else ~/.cache/msa2net")
+    command.set_defaults(run=build_engine)
 
     command = commands.add_parser("info", help="what a bundle holds and what of it can run here")
     command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")

@@ -17,7 +17,6 @@ of the L2 cache, the copies are of that size, too (the table marks those floors 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -418,10 +417,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def save(result: dict[str, Any]) -> None:
-        if args.json:  # what was saved before stays whole until this is
-            partial_file = args.json.with_name(f".{args.json.name}.partial")
-            partial_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            partial_file.replace(args.json)
+        if args.json:
+            machine.write_json(args.json, result)
 
     try:
         machine.require_folder(args.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Callable
@@ -39,6 +40,13 @@ def require_folder(file: Path | None) -> None:
     """Raises Msa2NetError unless the folder of `--json` is there: asked before a long run, not after it."""
     if file and not file.absolute().parent.is_dir():
         raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result; what the file held before stays whole until it is there."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    beside.replace(file)
 
 
 def version(package: str) -> str | None:

@@ -156,11 +156,11 @@ class Judge:
         self.bar.set_postfix_str(f"parity {artifact.name}")
         self.bar.total = max(self.bar.total, self.bar.n + len(self.cases))
         with ExitStack() as stack:
-            if artifact.precision == "fp16" or artifact.recipe:  # what runs on a GPU is judged without one
+            if artifact.precision == "fp16" or artifact.runtime == "tensorrt":  # judged without a GPU
                 infer = fp16.emulation(self.folder / artifact.files[0].path)
             else:
                 files = tuple(str(self.folder / file.path) for file in artifact.files)
-                kind = backend_class(artifact.runtime)
+                kind = backend_class("pytorch" if artifact.runtime == "torch-tensorrt" else artifact.runtime)
                 backend = kind(files, manifest, "CPU", artifact.precision, 1, None, artifact.rest)
                 stack.callback(backend.close)
                 infer = backend.infer

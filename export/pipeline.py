@@ -63,6 +63,7 @@ _FILES = {
     "pytorch": ("torch/weights.safetensors",),
     "tensorrt": ("onnx/model.onnx",),  # ONNX Runtime's
     "tensorrt-rtx": ("tensorrt-rtx/model.engine",),
+    "torch-tensorrt": ("torch/weights.safetensors",),  # PyTorch's
 }
 _OF_BATCHES = ("tensorrt/model.onnx",)  # in place of TensorRT's, if it is to take several images
 # The precisions that each runtime's artifacts may have.
@@ -72,16 +73,19 @@ PRECISIONS_OF = {
     "pytorch": ("fp32",),
     "tensorrt": ("fp32", "fp16", "int8"),
     "tensorrt-rtx": ("fp32", "fp16", "int8"),
+    "torch-tensorrt": ("fp32",),
 }
 _LOWERED = {
     "openvino": "openvino/model-{}.xml",
     "onnxruntime": "onnx/model-{}.onnx",
     "tensorrt": "tensorrt/model-{}.onnx",
 }
-_TENSORRT = ("10.3", "12")  # versions: JetPack 6.2's, and those whose networks are strongly typed
+# At least and below: TensorRT as in JetPack 6.2, up to those whose networks are strongly typed.
+_VERSIONS = {"tensorrt": ["10.3", "12"], "torch-tensorrt": ["2.14", "2.15"]}
 _WORKSPACE = 1 << 30  # bytes of the GPU's memory
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities of GeForce RTX 30, 40 and 50
 _SOURCE = {"tensorrt-rtx": "tensorrt"}  # whose ONNX a runtime's engine is built from
+_JUDGED_AS = {"tensorrt": "onnxruntime", "torch-tensorrt": "pytorch"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
 _TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it is
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
@@ -174,7 +178,6 @@ def export_bundle(
     if "tensorrt-rtx" in runtimes:
         tensorrt.require(targets)
     recipe = {
-        "version": list(_TENSORRT),
         "batch": batch,
         "workspace": _WORKSPACE,
         "hardware_compatibility": hardware_compatibility,
@@ -313,10 +316,11 @@ def export_bundle(
 
 
 def _same(before: Sequence[dict[str, Any]], entry: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of TensorRT's entry if ONNX Runtime's before it has the same file."""
-    if entry["runtime"] == "tensorrt" and entry["precision"] in ("fp32", "fp16") and entry["recipe"]["batch"] == 1:
+    """What is known of an entry of `_JUDGED_AS` if the other runtime's, with the same file, is before it."""
+    source = _JUDGED_AS.get(entry["runtime"])
+    if source and entry["precision"] in ("fp32", "fp16") and entry["recipe"]["batch"] == 1:
         for other in before:
-            if (other["runtime"], other["precision"]) == ("onnxruntime", entry["precision"]):
+            if (other["runtime"], other["precision"]) == (source, entry["precision"]):
                 return {key: value for key, value in other.items() if key != "runtime"}
     return None
 
@@ -377,8 +381,8 @@ def _write_models(
     for runtime in runtimes:
         bar.set_postfix_str(runtime)
         path = folder / _FILES[runtime][0]
-        if runtime == "pytorch":  # its backend rewrites the network as it loads
-            path.parent.mkdir()
+        if runtime in ("pytorch", "torch-tensorrt"):  # their backends rewrite the network as they load
+            path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, used_state(model))
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
         elif runtime == "tensorrt" and batch > 1:  # what pays on it has not been measured
@@ -616,7 +620,7 @@ def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
 
 def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str], recipe: dict[str, Any]) -> dict[str, Any]:
     files = _OF_BATCHES if runtime == "tensorrt" and recipe["batch"] > 1 else _FILES[runtime]
-    of_gpu = {"recipe": recipe} if runtime == "tensorrt" else {}
+    of_gpu = {"recipe": {"version": _VERSIONS[runtime]} | recipe} if runtime in _VERSIONS else {}
     return of_gpu | {
         "runtime": runtime,
         "precision": named,

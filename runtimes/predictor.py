@@ -258,12 +258,16 @@ class Predictor:
             if backend.facts.built:
                 predictor._prove()
         if slot and slot.problem:
-            warnings.warn(
-                f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
-                "long as this one. Name another folder, or pass cache=False.",
-                CacheWarning,
-                stacklevel=2,
-            )
+            try:
+                warnings.warn(
+                    f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
+                    "long as this one. Name another folder, or pass cache=False.",
+                    CacheWarning,
+                    stacklevel=2,
+                )
+            except CacheWarning:  # where warnings are errors
+                predictor.close()
+                raise
         return predictor
 
     def _prove(self) -> None:

@@ -110,6 +110,7 @@ def runtime() -> types.ModuleType:
         ),
         cudaDriverGetVersion=lambda: (_OK, GPU["driver"]),
         cudaSetDevice=lambda _: (_OK,),
+        cudaMemGetInfo=lambda: (_OK, GPU["bytes"] - sum(len(each) for each in _memory.values()), GPU["bytes"]),
         cudaMalloc=_allocate,
         cudaHostAlloc=_allocate,
         cudaFree=_free,

@@ -521,12 +521,14 @@ def test_a_checkpoint_of_an_unknown_resize_rule_is_refused(quick: Callable[..., 
         (
             {"runtimes": ["tensorflow"]},
             ExportError,
-            "runtimes: got 'tensorflow', expected some of onnxruntime, openvino, pytorch. Check the spelling.",
+            "runtimes: got 'tensorflow', expected some of onnxruntime, openvino, pytorch, tensorrt, "
+            "tensorrt-rtx, torch-tensorrt. Check the spelling.",
         ),
         (
             {"runtimes": []},
             ExportError,
-            "runtimes: got none, expected some of onnxruntime, openvino, pytorch. Check the spelling.",
+            "runtimes: got none, expected some of onnxruntime, openvino, pytorch, tensorrt, "
+            "tensorrt-rtx, torch-tensorrt. Check the spelling.",
         ),
         (
             {"mean": [float("nan")]},

@@ -424,8 +424,8 @@ def test_an_unknown_runtime_is_refused() -> None:
     with pytest.raises(RuntimeUnavailableError) as caught:
         Predictor.load(DEMO_BUNDLE, runtime="tensorflow")
     assert str(caught.value) == (
-        "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch, tensorrt, tensorrt-rtx. "
-        "Check the spelling."
+        "runtime: got 'tensorflow', expected one of auto, onnxruntime, openvino, pytorch, tensorrt, tensorrt-rtx, "
+        "torch-tensorrt. Check the spelling."
     )
 
 

@@ -25,6 +25,8 @@ import pytest
 import torch
 
 from msa2net import Predictor
+from msa2net.__main__ import main
+from msa2net.benchmarks import gpu as gpu_benchmark
 from msa2net.core import DEEP_DECODERS, VARIANTS, MSA2Net
 from msa2net.core.phantoms import KINDS, phantom
 from msa2net.core.rewrites import chosen, rewritten
@@ -32,6 +34,7 @@ from msa2net.errors import BundleError, ExportError, OutputError, RuntimeUnavail
 from msa2net.export import export_bundle, fp16, onnx_file, precision, quantize, tensorrt
 from msa2net.export.pipeline import TARGETS
 from msa2net.runtimes import CacheWarning, preprocess
+from msa2net.runtimes.backends import why_no_gpu
 from msa2net.runtimes.bundle import Bundle, parse_recipe
 
 CHECKPOINT = Path(__file__).parent.parent / "core" / "demo.safetensors"
@@ -599,6 +602,59 @@ def test_without_a_driver_it_is_said_and_nothing_runs_on_the_cpu(bundle: Path) -
     for runtime in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(RuntimeUnavailableError), warnings.catch_warnings():
             load(bundle, runtime)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_build_engine_keeps_it_for_the_next_start(
+    faked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["build-engine", str(faked), "--precision", "fp16", "--cache", str(tmp_path / "cache")]
+    assert main(command) == 0
+    assert main(command) == 0
+    first, layers, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("tensorrt fp16 on Fake GPU: built in ")
+    assert first.endswith("its golden frames passed; TensorRT, one CUDA graph")
+    assert layers == "layers   1 in fp16"
+    assert second.startswith("tensorrt fp16 on Fake GPU: was there; ")
+    (tmp_path / "file").write_text("")
+    assert main([*command[:-1], str(tmp_path / "file/in")]) == 2
+    assert "the compiled model is not kept" in capsys.readouterr().err
+    monkeypatch.setenv("MSA2NET_CACHE", "off")
+    assert main(command[:-2]) == 2
+    assert "error: build-engine: $MSA2NET_CACHE is off, expected a folder. Give --cache." in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("fault", ["", "wrong"])
+def test_the_benchmark_runs_what_can_and_names_what_cannot(faked: Path, fault: str) -> None:
+    fake.FAULTS.update({fault} - {""})
+    saved: list[str] = []
+    result = gpu_benchmark.measure(
+        faked, rounds=5, phantoms=12, save=lambda so_far: saved.append(json.dumps(so_far, allow_nan=False))
+    )
+    names = [f"{runtime} {named}" for runtime in ("tensorrt", "tensorrt-rtx") for named in ("fp32", "fp16")]
+    assert [row["name"] for row in result["rows"]] == ([] if fault else names)
+    assert result["passed"] == (not fault)
+    assert "has no CUDAExecutionProvider" in result["not_run"]["onnxruntime fp32"]
+    text = gpu_benchmark.table(result)
+    if fault:
+        assert "what it built on this device does not do what was exported" in result["not_run"]["tensorrt fp16"]
+        assert "not run: tensorrt fp16" in text
+    else:
+        assert len(saved) == 5
+        assert all(
+            len(row[key]) == 5 for row in result["rows"] for key in ("milliseconds", "milliseconds_without_graph")
+        )
+        assert all(row["cached"] and row["memory"] > 0 and row["pixel_agreement"] > 0.999 for row in result["rows"])
+        assert text.count(" pass ") == 4
+    assert not fake._memory
+
+
+def test_the_benchmark_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if not why_no_gpu():
+        pytest.skip("there is a GPU")
+    assert gpu_benchmark.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: benchmarks.gpu: there is no NVIDIA driver")
 
 
 # ONNX Runtime on a GPU ------------------------------------------------------------------------------------------------

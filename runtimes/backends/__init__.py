@@ -105,8 +105,20 @@ RUNTIMES = {
         "tensorrt-rtx",
         "cuda",
     ),
+    "torch-tensorrt": Entry(
+        "msa2net.runtimes.backends.torch_tensorrt:TorchTensorRtBackend",
+        ("torch", "torch_tensorrt", "safetensors"),
+        "torch-tensorrt",
+        "cuda",
+    ),
 }
-_ON_GPU = ("tensorrt", "tensorrt-rtx", "onnxruntime", "pytorch")  # those that can, in the order of "auto"
+_ON_GPU = (
+    "tensorrt",
+    "tensorrt-rtx",
+    "onnxruntime",
+    "torch-tensorrt",
+    "pytorch",
+)  # those that can, in the order of "auto"
 
 
 def why_not(runtime: str) -> RuntimeUnavailableError | None:

@@ -43,11 +43,9 @@ class PyTorchBackend:
         slot: Slot | None = None,
         rest: str = "fp32",
     ) -> None:
-        from msa2net.core.config import ModelConfig
-        from msa2net.core.network import MSA2Net, is_unused
         from msa2net.core.rewrites import EAGER_ONLY, GPU_ONLY, apply, chosen
 
-        target = _target(device)
+        target = target_of("pytorch", device)
         require_cpu("pytorch", "CPU" if target.type == "cuda" else device, precision)
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeUnavailableError(
@@ -57,16 +55,8 @@ class PyTorchBackend:
                 "Call torch.set_float32_matmul_precision('highest').",
             )
         torch.set_num_threads(threads)
-        config = ModelConfig.from_json(manifest.model_config)
-        state = load_file(files[0])  # mapped
-        with _WithoutWeights():
-            model = MSA2Net(config)
-        for key, value in model.state_dict().items():
-            if key not in state and is_unused(key, config):
-                state[key] = torch.zeros((), dtype=value.dtype).expand(value.shape)
-        model.load_state_dict(state, assign=True)  # strict: every key, in its shape
+        model = network(files[0], manifest)
         (dtype,) = {parameter.dtype for parameter in model.parameters()}
-        model.eval()
         contract = manifest.input
         shape = (1, contract.channels, contract.height, contract.width)
         if target.type == "cuda":
@@ -99,6 +89,13 @@ class PyTorchBackend:
             logits: NDArray[np.float32] = self._run(torch.from_numpy(x)).contiguous().numpy()
         return logits
 
+    def infer_without_graph(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same on a GPU, kernel by kernel: what the graph gains is for benchmarks to say."""
+        assert isinstance(self._run, Graph)
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = self._run(torch.from_numpy(x), replay=False).numpy()
+        return logits
+
     def close(self) -> None:
         del self._run
 
@@ -128,17 +125,36 @@ class Graph:
                 self._logits = model(self._image).contiguous()
             self._result = torch.empty(self._logits.shape, pin_memory=True)
 
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, replay: bool = True) -> torch.Tensor:
         with self._lock, torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._given.copy_(image)
             self._image.copy_(self._given, non_blocking=True)
-            self._graph.replay()
+            if replay:
+                self._graph.replay()
+            else:
+                self._logits.copy_(self._model(self._image))
             self._result.copy_(self._logits, non_blocking=True)
             self._stream.synchronize()
             return self._result.clone()
 
 
-def _target(device: str) -> torch.device:
+def network(file: str, manifest: Manifest) -> Any:
+    """The reference network, in evaluation mode, on weights that are mapped from the file."""
+    from msa2net.core.config import ModelConfig
+    from msa2net.core.network import MSA2Net, is_unused
+
+    config = ModelConfig.from_json(manifest.model_config)
+    state = load_file(file)
+    with _WithoutWeights():
+        model = MSA2Net(config)
+    for key, value in model.state_dict().items():
+        if key not in state and is_unused(key, config):
+            state[key] = torch.zeros((), dtype=value.dtype).expand(value.shape)
+    model.load_state_dict(state, assign=True)  # strict: every key, in its shape
+    return model.eval()
+
+
+def target_of(runtime: str, device: str) -> torch.device:
     """The device that is meant. Raises RuntimeUnavailableError for a GPU that is not there."""
     if not device.startswith("cuda"):
         return torch.device("cpu")  # what else it may be called, `require_cpu` refuses
@@ -147,7 +163,7 @@ def _target(device: str) -> torch.device:
     if not index.isdecimal() or int(index) >= count:
         found = f"this PyTorch ({torch.__version__}) finds {count or 'no'} GPU{'s' * (count != 1)}"
         raise RuntimeUnavailableError(
-            "runtime 'pytorch'",
+            f"runtime {runtime!r}",
             f"got device {device!r}, {found}",
             "expected cuda or cuda:N of one that is there",
             "Use device='CPU', or install a CUDA build of PyTorch and the driver.",

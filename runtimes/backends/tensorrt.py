@@ -81,14 +81,7 @@ class TensorRtBackend:
 
     def _require_fit(self, version: str) -> None:
         """Raises RuntimeUnavailableError if the library's version or the GPU is not one that the artifact is for."""
-        least, below = self._recipe.version
-        if not _numbers(least) <= _numbers(version) < _numbers(below):
-            raise RuntimeUnavailableError(
-                f"runtime {self.runtime!r}",
-                f"{self.library} {version} is installed",
-                f"expected at least {least} and below {below}",
-                f"Install such a version, or export the artifact with {version}.",
-            )
+        require_version(self.runtime, self.library, version, self._recipe)
         fit = self._recipe.compute_capabilities
         if fit and self._gpu.capability not in fit:
             raise RuntimeUnavailableError(
@@ -158,6 +151,7 @@ class TensorRtBackend:
                 raise RuntimeError(f"the engine cannot run: {self._logger.said()}")
             self._logits.to_host(self._stream.raw)
 
+        self._enqueue = enqueue
         self._image.array[:] = 0
         enqueue()  # the first run loads kernels, which a capture would forbid
         self._stream.synchronize()
@@ -186,10 +180,17 @@ class TensorRtBackend:
         return made
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._infer(x, self._launch)
+
+    def infer_without_graph(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The same, enqueued piece by piece: what the graph gains is for benchmarks to say."""
+        return self._infer(x, self._enqueue)
+
+    def _infer(self, x: NDArray[np.float32], launch: Callable[[], None]) -> NDArray[np.float32]:
         with self._lock:
             self._gpu.use()
             self._image.array[:] = x
-            self._launch()
+            launch()
             self._stream.synchronize()
             return self._logits.array.copy()
 
@@ -203,7 +204,7 @@ class TensorRtBackend:
         with self._lock:
             self._gpu.use()
             self._owner.close()  # graph, buffers, stream: what was taken last goes first
-            del self._context_kept
+            del self._context_kept, self._enqueue, self._launch
 
 
 class TensorRtRtxBackend(TensorRtBackend):
@@ -247,6 +248,18 @@ class TensorRtRtxBackend(TensorRtBackend):
         super()._prepare(trt, context, manifest)
         if not self._found:  # the first run has compiled all of them
             self._kept = {_COMPILED: bytes(self._compiled.serialize())}
+
+
+def require_version(runtime: str, library: str, version: str, recipe: Recipe) -> None:
+    """Raises RuntimeUnavailableError unless the library's version is one that the recipe is for."""
+    least, below = recipe.version
+    if not _numbers(least) <= _numbers(version) < _numbers(below):
+        raise RuntimeUnavailableError(
+            f"runtime {runtime!r}",
+            f"{library} {version} is installed",
+            f"expected at least {least} and below {below}",
+            f"Install such a version, or export the artifact with {version}.",
+        )
 
 
 def recipe_of(manifest: Manifest, runtime: str, precision: str) -> Recipe:
