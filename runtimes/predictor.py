@@ -229,18 +229,19 @@ class Predictor:
             reasons = "; ".join(artifact.shortfalls) or "its images allowed no judgement"
             warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
         threads = threads or default_threads()
-        with ExitStack() as stack:
+        with ExitStack() as stack, ExitStack() as failed:
             files, check = stack.enter_context(bundle.open_unchecked(artifact))
             # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
             checked = stack.enter_context(ThreadPoolExecutor(1)).submit(check)
             backend_type = backend_class(artifact.runtime)
             slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads), checked.result)
-            if not slot:
-                checked.result()
             if slot:
                 stack.callback(slot.close)
+            else:
+                checked.result()
             try:
                 backend = backend_type(files, bundle.manifest, device, artifact.precision, threads, slot, artifact.rest)
+                failed.callback(backend.close)
             except Msa2NetError:
                 raise
             except Exception as error:  # each runtime has its own kinds
@@ -257,28 +258,20 @@ class Predictor:
             predictor = cls(bundle, artifact, backend, execution)
             if backend.facts.built:
                 predictor._prove()
-        if slot and slot.problem:
-            try:
+            if slot and slot.problem:
                 warnings.warn(
                     f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
                     "long as this one. Name another folder, or pass cache=False.",
                     CacheWarning,
                     stacklevel=2,
                 )
-            except CacheWarning:  # where warnings are errors
-                predictor.close()
-                raise
+            failed.pop_all()
         return predictor
 
     def _prove(self) -> None:
         """Runs the golden frames on what was just built, and keeps it. Raises OutputError if they do not pass."""
-        try:
-            verdict = self.self_test()
-        except Msa2NetError:
-            self.close()
-            raise
+        verdict = self.self_test()
         if not verdict.passed:
-            self.close()
             raise OutputError(
                 f"runtime {self.execution.runtime!r}",
                 f"what it built on this device does not do what was exported ({verdict})",

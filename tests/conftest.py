@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,33 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the cache of the user who runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MSA2NET_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def exported_once() -> Iterator[None]:
+    """A network whose ONNX file was written before in this run gets the same one: writing takes seconds, often."""
+    from msa2net.export import onnx_file
+
+    write, known = onnx_file.write, dict[str, tuple[dict[str, str], bytes]]()
+
+    def remembered(model: Any, channels: int, file: Path, batch: int = 1) -> dict[str, str]:
+        key = hashlib.sha256(repr((model, getattr(model, "_rewrites", ()), channels, batch)).encode())
+        for name, tensor in model.state_dict().items():
+            key.update(name.encode())
+            key.update(tensor.numpy().tobytes())
+        if key.hexdigest() not in known:
+            versions = write(model, channels, file, batch)
+            if len(known) < 16 and file.stat().st_size < 10_000_000:
+                known[key.hexdigest()] = versions, file.read_bytes()
+            return versions
+        versions, content = known[key.hexdigest()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        return versions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "write", remembered)
         yield
 
 
