@@ -18,7 +18,7 @@ import numpy as np
 from msa2net.errors import FrameError, Msa2NetError
 from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation
 from msa2net.runtimes.backends import RUNTIMES, candidates
-from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, Bundle
+from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, TARGETS, Bundle
 from msa2net.runtimes.cache import VARIABLE, default_folder
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
@@ -327,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--targets",
-        default="8.6,8.9,12.0",
+        default=",".join(TARGETS),
         help="compute capabilities that TensorRT for RTX's engines are for (default: %(default)s)",
     )
     command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")

@@ -37,6 +37,7 @@ from msa2net.runtimes.bundle import (
     MOST_IMAGES,
     RESIZE_RULES,
     SCHEMA_VERSION,
+    TARGETS,
     VERDICTS,
     Manifest,
     digest_of,
@@ -83,7 +84,6 @@ _LOWERED = {
 # At least and below: TensorRT as in JetPack 6.2, up to those whose networks are strongly typed.
 _VERSIONS = {"tensorrt": ["10.3", "12"], "torch-tensorrt": ["2.14", "2.15"]}
 _WORKSPACE = 1 << 30  # bytes of the GPU's memory
-TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities of GeForce RTX 30, 40 and 50
 _SOURCE = {"tensorrt-rtx": "tensorrt"}  # whose ONNX a runtime's engine is built from
 _JUDGED_AS = {"tensorrt": "onnxruntime", "torch-tensorrt": "pytorch"}
 _GOLDEN_CASES, _SCAN_CASES = 2, 8
@@ -333,7 +333,10 @@ def _engine(
     model, *_ = source["files"]
     path = _FILES[runtime][0] if named == "fp32" else f"{runtime}/model-{named}.engine"
     (folder / path).parent.mkdir(exist_ok=True)
-    version, engine = tensorrt.engine((folder / model["path"]).read_bytes(), source["recipe"], targets)
+    try:
+        version, engine = tensorrt.engine((folder / model["path"]).read_bytes(), source["recipe"], targets)
+    except RuntimeError as error:
+        raise ExportError(f"{runtime} {named}", f"{error}", f"expected an engine for {', '.join(targets)}") from error
     (folder / path).write_bytes(engine)
     about = {"runtime": runtime, "files": [_file_entry(folder, path)]}
     about["versions"] = source["versions"] | {"tensorrt_rtx": version}

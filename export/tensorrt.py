@@ -39,6 +39,7 @@ class Int8(quantize.OnnxInt8):
         tick("fp16's ranges")
         lost = fp16.vanishing(self._fp32)
         self._in_fp32 = fp16.unfit(self._fp32, fp16.ranges(self._fp32, inputs), lost)
+        self._nodes = {name: place for name, place in self._nodes.items() if name not in self._in_fp32}
         for method, ranges in super()._quantizations(inputs, tick):
             yield method, {name: float(np.abs(both).max()) for name, both in ranges.items()}
 
@@ -140,4 +141,5 @@ def engine(model: bytes, recipe: dict[str, Any], targets: Sequence[str]) -> tupl
 def needs(version: str, targets: Sequence[str]) -> dict[str, Any]:
     """A recipe's fields that tell what an engine runs on: on the version that built it alone."""
     *most, last = version.split(".")
-    return {"version": [version, ".".join([*most, str(int(last) + 1)])], "compute_capabilities": list(targets)}
+    versions = [version, ".".join([*most, str(int(last) + 1)])]
+    return {"version": versions, "compute_capabilities": list(targets), "hardware_compatibility": "none"}

@@ -32,6 +32,7 @@ ENLARGE_RULES = ("nearest", "aligned", "bilinear")
 ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
 HARDWARE_COMPATIBILITY = ("none", "ampere+", "same-capability")
 MOST_IMAGES = 1024  # of a batch
+TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities that engines are built for by default: GeForce RTX 30, 40, 50
 VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
@@ -378,13 +379,21 @@ def _speed(node: _Node) -> Speed:
     )
 
 
+def version_numbers(version: str) -> list[int]:
+    """Of "10.3.0.post1" [10, 3, 0]: versions in their order."""
+    return [int(part) for part in re.findall(r"(?<![a-z])\d+", version)[:4]]
+
+
 def parse_recipe(value: dict[str, Any]) -> Recipe:
     """A manifest's `recipe`. Raises BundleError."""
     return _recipe(_Node(value))
 
 
 def _recipe(node: _Node) -> Recipe:
-    least, below = (each.version() for each in node.get("version").items(2, 2))
+    versions = node.get("version")
+    least, below = (each.version() for each in versions.items(2, 2))
+    if version_numbers(least) >= version_numbers(below):
+        raise versions.refuse("the first below the second")
     return Recipe(
         version=(least, below),
         batch=node.get("batch").integer(1, MOST_IMAGES),

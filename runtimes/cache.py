@@ -31,7 +31,7 @@ T = TypeVar("T")
 VARIABLE = "MSA2NET_CACHE"
 ENTRY = "entry.json"
 FORMAT = 1  # of an entry, and of what the backends write into one: a change of either is a new number
-MOST_ENTRIES, MOST_BYTES = 8, 4 << 30
+MOST_ENTRIES, MOST_BYTES = 32, 4 << 30
 _BLOCK = 1 << 25  # what one digest covers; several are computed at once
 _READ = 1 << 18
 _PARTIAL, _DEAD, _LOCK = ".partial-", ".dead-", ".lock-"
@@ -207,20 +207,15 @@ class Slot:
         finally:
             self._close_entry()
 
-    def keep(self, files: Mapping[str, bytes]) -> None:
-        """Stores these files in place of what is there; where it cannot, `problem` says why."""
+    def keep(self, write: Callable[[Path], None]) -> None:
+        """Stores what `write` puts into a folder in place of what is there; where it cannot, `problem` says why."""
         if self.problem:
             return
-
-        def write(folder: Path) -> None:
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-
         try:
             if self.path.exists():
                 _discard(self.path)
             self._store(write)
-        except OSError as error:
+        except Exception as error:  # each runtime has its own kinds
             self.problem = _reason(error)
 
     def use(self, load: Callable[[Entry], T], write: Callable[[Path], None]) -> T | None:

@@ -28,6 +28,7 @@ from msa2net.runtimes.backends import (
     default_threads,
     why_not,
     why_not_here,
+    why_not_on,
     why_not_precision,
 )
 from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
@@ -440,6 +441,8 @@ def _choose(bundle: Bundle, precision: str, device: str) -> Artifact:
             if error := why_not(runtime) or why_not_precision(runtime, precision, device):
                 raise error
             artifact = bundle.artifact(runtime, precision)
+            if reason := why_not_on(runtime, device):
+                raise RuntimeUnavailableError(f"runtime {runtime!r}", reason)
             if not artifact.passed:
                 raise RuntimeUnavailableError(
                     artifact.name, _NOT_PASSED, "", "Name the runtime to use it all the same."
@@ -468,5 +471,6 @@ def _slot(
     if folder is None:
         return None
     about = {"bundle": bundle.digest, "files": [file.sha256 for file in artifact.files]}
-    about |= {"runtime": artifact.runtime, "precision": artifact.precision, "device": device}
+    about |= {"runtime": artifact.runtime, "precision": artifact.precision}
+    about |= {"device": "cuda:0" if device == "cuda" else device}
     return Slot(folder, about | facts, confirm)

@@ -22,9 +22,11 @@ import onnxruntime
 
 HEADER = b"a fake engine of "
 GPU = {"count": 1, "name": "Fake GPU", "major": 8, "minor": 6, "driver": 13000, "bytes": 1 << 30}
-# What goes wrong: "no_driver", "build", "deserialize", "context", "execute", "wrong", "nan", "not_capturable".
+# What goes wrong: "no_driver", "build", "deserialize", "context", "execute", "wrong", "nan", "not_capturable",
+# "capture".
 FAULTS: set[str] = set()
 COUNTS: dict[str, int] = {}  # of builds, deserialisations, launches
+PROFILES: list[Any] = []  # that were asked for
 
 
 def count(what: str) -> None:
@@ -38,7 +40,13 @@ def count(what: str) -> None:
 
 
 cudaError_t = enum.IntEnum(  # noqa: N816  # CUDA's name
-    "cudaError_t", {"cudaSuccess": 0, "cudaErrorMemoryAllocation": 2, "cudaErrorInsufficientDriver": 35}
+    "cudaError_t",
+    {
+        "cudaSuccess": 0,
+        "cudaErrorMemoryAllocation": 2,
+        "cudaErrorInsufficientDriver": 35,
+        "cudaErrorStreamCaptureUnsupported": 900,
+    },
 )
 _OK = cudaError_t.cudaSuccess
 _memory: dict[int, Any] = {}
@@ -79,7 +87,7 @@ def _begin(*_: Any) -> tuple[Any, ...]:
 def _end(_: Any) -> tuple[Any, ...]:
     global _captured
     graph, _captured = _captured, None
-    return _OK, graph
+    return (cudaError_t.cudaErrorStreamCaptureUnsupported, None) if "capture" in FAULTS else (_OK, graph)
 
 
 def _launch(graph: Any, _: Any) -> tuple[Any, ...]:
@@ -109,6 +117,7 @@ def runtime() -> types.ModuleType:
             flag(name=str(GPU["name"]).encode(), major=GPU["major"], minor=GPU["minor"]),
         ),
         cudaDriverGetVersion=lambda: (_OK, GPU["driver"]),
+        cudaGetDevice=lambda: (_OK, 0),
         cudaSetDevice=lambda _: (_OK,),
         cudaMemGetInfo=lambda: (_OK, GPU["bytes"] - sum(len(each) for each in _memory.values()), GPU["bytes"]),
         cudaMalloc=_allocate,
@@ -169,7 +178,8 @@ class Config:
 
     def set_timing_cache(self, cache: Any, mismatch: bool) -> None: ...
 
-    def add_optimization_profile(self, profile: Any) -> None: ...
+    def add_optimization_profile(self, profile: Any) -> None:
+        PROFILES.append(profile.shapes)
 
 
 class Parser:
@@ -196,10 +206,15 @@ class Builder:
 
     def create_network(self, flags: int) -> Any:
         assert flags == 1, "not strongly typed"
-        return types.SimpleNamespace(model=b"")
+        image = types.SimpleNamespace(name="image", shape=(-1, 3, 224, 224))
+        return types.SimpleNamespace(model=b"", get_input=lambda _: image)
 
     def create_builder_config(self) -> Config:
         return Config()
+
+    def create_optimization_profile(self) -> Any:
+        shapes: list[Any] = []
+        return types.SimpleNamespace(shapes=shapes, set_shape=lambda *each: shapes.append(each))
 
     def build_serialized_network(self, network: Any, config: Config) -> bytes | None:
         count("builds")
@@ -228,8 +243,9 @@ class Context:
     def get_tensor_shape(self, name: str) -> list[int]:
         return self.shapes[name]
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def is_stream_capturable(self, _: int) -> bool:
         return "not_capturable" not in FAULTS
@@ -325,6 +341,7 @@ def library(name: str, version: str) -> types.ModuleType:
         MemoryPoolType=words(WORKSPACE="workspace"),
         HardwareCompatibilityLevel=words(AMPERE_PLUS=1, SAME_COMPUTE_CAPABILITY=2),
         ComputeCapability=words(SM86=86),
+        DynamicShapesKernelSpecializationStrategy=words(EAGER="eager"),
         LayerInformationFormat=words(JSON=1),
     )
     return module

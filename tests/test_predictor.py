@@ -446,7 +446,10 @@ def test_a_precision_the_bundle_lacks_is_refused_with_what_it_has() -> None:
         ({"threads": 1.5}, "threads: got 1.5, expected a whole number of at least 1"),
         ({"runtime": "onnxruntime", "device": "GPU"}, "runtime 'onnxruntime': got device 'GPU', expected 'CPU'"),
         ({"runtime": "pytorch", "device": "cuda"}, "runtime 'pytorch': got device 'cuda', this PyTorch ("),
-        ({"runtime": "pytorch", "device": "cuda:x"}, "runtime 'pytorch': got device 'cuda:x', this PyTorch ("),
+        (
+            {"runtime": "pytorch", "device": "cuda:x"},
+            "runtime 'pytorch': got device 'cuda:x', expected 'cuda' or 'cuda:N'. Check it.",
+        ),
         ({"runtime": "pytorch", "device": "GPU"}, "runtime 'pytorch': got device 'GPU', expected 'CPU'"),
         ({"runtime": "openvino", "device": "NPU"}, "runtime 'openvino': got device 'NPU', expected one of"),
     ],

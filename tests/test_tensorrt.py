@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import importlib
 import itertools
 import json
@@ -14,7 +16,9 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import fake_tensorrt as fake
@@ -33,7 +37,7 @@ from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import BundleError, ExportError, OutputError, RuntimeUnavailableError
 from msa2net.export import export_bundle, fp16, onnx_file, parity, precision, quantize, tensorrt
 from msa2net.export.pipeline import TARGETS
-from msa2net.runtimes import CacheWarning, preprocess
+from msa2net.runtimes import CacheWarning, backends, preprocess
 from msa2net.runtimes.backends import why_no_gpu
 from msa2net.runtimes.bundle import Bundle, parse_recipe
 
@@ -176,6 +180,22 @@ def test_a_place_that_is_kept_loses_its_quantizers_and_no_other_does(int8: tuple
     assert {quantize.fine_place(name) for name in lost} == {kept}
 
 
+def test_a_product_that_fp16_cannot_hold_is_not_rounded(bundle: Path, inputs: list[Any], tmp_path: Path) -> None:
+    """Its weights are made so large that its sums leave the range of fp16."""
+    model = onnx.load(bundle / "onnx/model.onnx")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    first = next(node for node in model.graph.node if node.name in quantize.quantized_nodes(model))
+    for name in first.input[1:]:
+        values = onnx.numpy_helper.to_array(weights[name])
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(values * np.float32(1e5), name))
+    onnx.save(model, tmp_path / "model.onnx")
+    lowering = tensorrt.Int8(tmp_path, ("model.onnx",), "int8.onnx", inputs[:1], inputs[1:2], False)
+    (rounded,) = (node.name for node in lowering._with_quantizers(()).graph.node if node.output[0] == first.output[0])
+    assert rounded == first.name
+    assert first.name not in lowering._nodes
+    assert len(lowering._nodes) >= 50
+
+
 def test_weights_are_rounded_with_the_scale_that_fp16_holds() -> None:
     weights = np.array([[1e-3, 2e-9], [-5.2e-4, 0]], np.float32)
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "product/y")
@@ -230,19 +250,34 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str, tmp_path
         export_bundle(CHECKPOINT, tmp_path / "b", runtimes=("tensorrt-rtx",), progress=False, **options)
 
 
-def test_polygraphy_finds_no_node_that_is_not_supported(int8: tuple[tensorrt.Int8, Path], bundle: Path) -> None:
-    pytest.importorskip("polygraphy")
+def test_a_target_that_cannot_run_the_precision_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    for file in (bundle / "onnx/model.onnx", bundle / "onnx/model-fp16.onnx", int8[1]):
+    with pytest.raises(ExportError, match=r"^tensorrt-rtx fp32: no engine was built: .*, expected an engine for 7\.5$"):
+        export_bundle(CHECKPOINT, tmp_path / "b", runtimes=("tensorrt-rtx",), targets=["7.5"], progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def require_supported(*files: Path) -> None:
+    """By Polygraphy's capability report, in a folder of its own: it writes what is not supported beside it."""
+    pytest.importorskip("polygraphy")
+    for file in files:
         done = subprocess.run(
             [Path(sys.executable).parent / "polygraphy", "inspect", "capability", file],
             env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1"},
-            cwd=int8[1].parent,
+            cwd=file.parent,
             capture_output=True,
             text=True,
             check=False,
         )
         assert "fully supported" in done.stdout.lower(), done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_polygraphy_finds_no_node_that_is_not_supported(
+    int8: tuple[tensorrt.Int8, Path], bundle: Path, tmp_path: Path
+) -> None:
+    for file in (bundle / "onnx/model.onnx", bundle / "onnx/model-fp16.onnx", int8[1]):
+        shutil.copy(file, tmp_path)
+    require_supported(*tmp_path.glob("*.onnx"))
 
 
 @pytest.mark.slow
@@ -255,6 +290,7 @@ def test_the_released_size_builds_for_every_target_in_every_precision(form: str,
     inputs = [np.random.default_rng(i).normal(size=(1, 3, 224, 224)).astype(np.float32) for i in range(2)]
     fp16.Fp16(tmp_path, "fp32.onnx", "fp16.onnx", inputs[:1]).write(())
     tensorrt.Int8(tmp_path, ("fp32.onnx",), "int8.onnx", inputs[:1], inputs[1:], False).write(())
+    require_supported(*(tmp_path / f"{named}.onnx" for named in PRECISIONS))
     sizes = {}
     for named, target in itertools.product(PRECISIONS, TARGETS):
         content = (tmp_path / f"{named}.onnx").read_bytes()
@@ -280,6 +316,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fake.FAULTS.clear()
     fake.COUNTS.clear()
     fake.install(sys.modules)
+    monkeypatch.setattr(backends, "why_no_gpu", str)
     yield
     left = len(fake._memory)
     fake._memory.clear()
@@ -340,8 +377,9 @@ def test_an_inference_is_one_graph_and_the_result_is_the_callers(faked: Path, ru
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_cannot_be_captured_runs_all_the_same_and_says_so(faked: Path) -> None:
-    fake.FAULTS.add("not_capturable")
+@pytest.mark.parametrize("fault", ["not_capturable", "capture"])
+def test_what_cannot_be_captured_runs_all_the_same_and_says_so(faked: Path, fault: str) -> None:
+    fake.FAULTS.add(fault)
     with load(faked) as predictor:
         assert "without a CUDA graph" in predictor.execution.provider
         assert predictor.self_test().passed
@@ -349,13 +387,44 @@ def test_what_cannot_be_captured_runs_all_the_same_and_says_so(faked: Path) -> N
 
 @pytest.mark.usefixtures("gpu")
 def test_eight_threads_get_what_one_gets(faked: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     frames = [np.roll(FRAME, i * 7, axis=1) for i in range(16)]
     with load(faked) as predictor, ThreadPoolExecutor(8) as pool:
         expected = [predictor.predict(frame).logits for frame in frames]
         found = list(pool.map(lambda frame: predictor.predict(frame).logits, frames))
     assert all(map(np.array_equal, expected, found))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_thread_that_waits_while_it_is_closed_gets_an_error_and_touches_no_freed_memory(faked: Path) -> None:
+    predictor = load(faked)
+    backend: Any = predictor._backend
+    backend._lock.acquire()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(predictor.predict, FRAME)
+        time.sleep(0.2)
+        backend._lock.release()
+        predictor.close()
+        with contextlib.suppress(OutputError, RuntimeUnavailableError):  # it may have been first
+            assert waiting.result().mask.shape == FRAME.shape[:2]
+    with pytest.raises(RuntimeError, match="it was closed"):
+        backend.infer(np.zeros((1, 3, 224, 224), np.float32))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_one_that_is_dropped_gives_its_memory_back(faked: Path) -> None:
+    load(faked)
+    gc.collect()
+    assert not fake._memory
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_batch_is_a_profile_of_the_build(bundle: Path) -> None:
+    trt = importlib.import_module("tensorrt")
+    recipe = dataclasses.replace(parse_recipe(RECIPE), compute_capabilities=(), batch=4)
+    fake.PROFILES.clear()
+    build = importlib.import_module("msa2net.runtimes.backends.tensorrt").build
+    build(trt, (bundle / "onnx/model.onnx").read_bytes(), recipe)
+    assert fake.PROFILES == [[("image", (1, 3, 224, 224), (4, 3, 224, 224), (4, 3, 224, 224))]]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -601,6 +670,16 @@ def test_auto_takes_tensorrt_on_a_gpu_and_never_on_a_cpu(faked: Path) -> None:
         assert predictor.execution.runtime == "onnxruntime"
 
 
+def test_auto_on_a_gpu_passes_over_what_cannot_run_there(
+    bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "why_no_gpu", lambda: "there is none")
+    caplog.set_level("INFO", "msa2net")
+    with pytest.raises(RuntimeUnavailableError, match=r"nothing can run here: .*has no CUDAExecutionProvider"):
+        load(bundle, "auto", device="cuda")
+    assert "passed over onnxruntime" in caplog.text
+
+
 def test_without_a_driver_it_is_said_and_nothing_runs_on_the_cpu(bundle: Path) -> None:
     found = {each.runtime: each for each in Predictor.available(bundle) if each.precision == "fp32"}
     if found["tensorrt-rtx"].available:
@@ -663,6 +742,104 @@ def test_the_benchmark_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.startswith("error: benchmarks.gpu: there is no NVIDIA driver")
 
 
+# Torch-TensorRT, above a fake of it -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A FAKE of `torch_tensorrt`, whose engine is the exported program itself, and of the GPU, which is the CPU."""
+    saved: list[str] = []
+    state = SimpleNamespace(compiled=0, saved=saved, wrong=False, full=False)
+
+    def compile_(program: Any, **settings: Any) -> Any:
+        assert settings["disable_tf32"]
+        assert settings["require_full_compilation"]
+        assert not Path(settings["timing_cache_path"]).exists()
+        state.compiled += 1
+        module = program.module()
+        return (lambda x: -module(x)) if state.wrong else module
+
+    def save(module: Any, path: str, *, output_format: str, arg_inputs: list[Any]) -> None:
+        assert output_format == "exported_program"
+        if state.full:
+            raise RuntimeError("No space left on device")
+        torch.export.save(torch.export.export(module, tuple(arg_inputs)), path)
+        saved.append(path)
+
+    module = ModuleType("torch_tensorrt")
+    vars(module).update(
+        __version__="2.14.0",
+        __spec__=SimpleNamespace(name="torch_tensorrt"),
+        dynamo=SimpleNamespace(compile=compile_),
+        save=save,
+        load=torch.export.load,
+    )
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", module)
+    monkeypatch.delitem(sys.modules, "msa2net.runtimes.backends.torch_tensorrt", raising=False)
+    backend = importlib.import_module("msa2net.runtimes.backends.torch_tensorrt")
+    monkeypatch.setattr(backend, "target_of", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(backend, "Graph", lambda module, *_: module)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Fake GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    return state
+
+
+@pytest.fixture(scope="module")
+def torch_bundle(few_phantoms: None, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001  # it is used
+    return export_bundle(
+        CHECKPOINT,
+        tmp_path_factory.mktemp("torch") / "demo.bundle",
+        runtimes=("pytorch", "torch-tensorrt"),
+        progress=False,
+    )
+
+
+def test_torch_tensorrt_is_compiled_once_proven_and_kept(
+    torch_gpu: SimpleNamespace, torch_bundle: Path, tmp_path: Path
+) -> None:
+    artifact = Bundle(torch_bundle).artifact("torch-tensorrt", "fp32")
+    assert artifact.files == Bundle(torch_bundle).artifact("pytorch", "fp32").files
+    assert artifact.accuracy == "high"
+    with load(torch_bundle, "pytorch") as reference:
+        expected = reference.predict(FRAME).logits
+    for cached in (False, True):
+        with load(torch_bundle, "torch-tensorrt", tmp_path / "cache") as predictor:
+            assert predictor.execution.cached == cached
+            assert np.abs(predictor.predict(FRAME).logits - expected).max() < 1e-4
+    assert torch_gpu.compiled == len(torch_gpu.saved) == 1
+    assert len(list((tmp_path / "cache").glob("*/verdict.json"))) == 1
+
+
+def test_torch_tensorrt_that_is_wrong_is_not_used_and_a_full_disk_is_a_warning(
+    torch_gpu: SimpleNamespace, torch_bundle: Path, tmp_path: Path
+) -> None:
+    torch_gpu.wrong = True
+    with pytest.raises(OutputError, match="does not do what was exported"):
+        load(torch_bundle, "torch-tensorrt", tmp_path / "cache")
+    assert not torch_gpu.saved
+    torch_gpu.wrong, torch_gpu.full = False, True
+    with (
+        pytest.warns(CacheWarning, match="No space left"),
+        load(torch_bundle, "torch-tensorrt", tmp_path / "cache") as p,
+    ):
+        assert p.self_test().passed
+
+
+def test_torch_tensorrt_without_a_gpu_is_an_error(
+    torch_gpu: SimpleNamespace, torch_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    backend = importlib.import_module("msa2net.runtimes.backends.torch_tensorrt")
+    pytorch = importlib.import_module("msa2net.runtimes.backends.pytorch")
+    monkeypatch.setattr(backend, "target_of", pytorch.target_of)
+    for device, message in (("CPU", "got device 'CPU', expected 'cuda'"), ("cuda", "got device 'cuda', this PyTorch")):
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            load(torch_bundle, "torch-tensorrt", device=device)
+    assert torch_gpu.compiled == 0
+
+
 # ONNX Runtime on a GPU ------------------------------------------------------------------------------------------------
 
 
@@ -685,16 +862,19 @@ def test_onnxruntime_without_its_gpu_package_is_an_error(bundle: Path, options: 
         load(bundle, "onnxruntime", **({"device": "cuda"} | options))
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 def test_a_provider_that_does_not_load_is_an_error_and_nothing_runs_on_the_cpu(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, dropped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    if dropped:  # without an error, as it may
+        session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: session)
+    message = "runs on CPUExecutionProvider, expected CUDA" if dropped else "cannot load the model on cuda"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ONNX Runtime, that it drops the provider
-        with pytest.raises(
-            RuntimeUnavailableError, match=r"cannot load the model on cuda|runs on CPUExecutionProvider"
-        ):
+        with pytest.raises(RuntimeUnavailableError, match=message):
             load(bundle, "onnxruntime", device="cuda")
 
 
@@ -745,7 +925,9 @@ def test_layers_count_as_the_lowest_precision_that_they_touch() -> None:
         ]
     }
     assert layers(json.dumps(said)) == {"bf16": 1, "fp16": 1, "fp32": 1, "int8": 1, "other": 1}
-    assert layers("") == layers("{}") == layers("[]") == {}
+    for text in ("", "{}", "[]", '{"Layers": null}', '{"Layers": 3}'):
+        assert layers(text) == {}
+    assert layers('{"Layers": [{"LayerType": "x", "Inputs": null, "Outputs": ["a"]}]}') == {"other": 1}
 
 
 # The manifest's recipe ------------------------------------------------------------------------------------------------
@@ -764,6 +946,7 @@ RECIPE = {
     [
         ({"version": ["10.3"]}, "expected a list of 2 to 2 entries"),
         ({"version": ["10.3", "twelve"]}, "expected a version such as"),
+        ({"version": ["12", "10.3"]}, "expected the first below the second"),
         ({"batch": 0}, "expected a whole number from 1 to 1024"),
         ({"batch": True}, "expected a whole number from 1 to 1024"),
         ({"workspace": -1}, "expected a whole number from 1"),

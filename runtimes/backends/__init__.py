@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,9 +148,43 @@ def is_cuda(device: str) -> bool:
     return device.partition(":")[0] == "cuda"
 
 
+def gpu_index(runtime: str, device: str, kind: str = "cuda") -> int:
+    """N of "cuda:N", 0 of "cuda". Raises RuntimeUnavailableError for what is neither."""
+    found = re.fullmatch(rf"{kind}(?::([0-9]{{1,4}}))?", device)
+    if found is None:
+        raise RuntimeUnavailableError(
+            f"runtime {runtime!r}", f"got device {device!r}", f"expected '{kind}' or '{kind}:N'", "Check it."
+        )
+    return int(found[1] or 0)
+
+
+def why_not_on(runtime: str, device: str) -> str:
+    """Why `runtime`, which is installed, cannot use this device; empty if it can. For a GPU it imports the runtime."""
+    if not is_cuda(device):
+        return ""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        there = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return "" if there else "the package that is installed has no CUDAExecutionProvider"
+    if runtime in ("pytorch", "torch-tensorrt"):
+        import torch
+
+        return "" if torch.cuda.is_available() else f"this PyTorch ({torch.__version__}) finds no GPU"
+    return why_no_gpu()
+
+
 def candidates(device: str) -> tuple[str, ...]:
     """The runtimes that "auto" tries on this device, in order."""
     return _ON_GPU if is_cuda(device) else tuple(name for name, entry in RUNTIMES.items() if entry.device == "CPU")
+
+
+def nvidia_driver() -> str:
+    """The kernel driver as it names itself; empty where it does not."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+    except OSError:
+        return ""
 
 
 def why_no_gpu() -> str:

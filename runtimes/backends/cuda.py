@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
+from msa2net.runtimes.backends import gpu_index, nvidia_driver
 
 
 def call(what: str, result: tuple[Any, ...]) -> Any:
@@ -26,25 +27,20 @@ def call(what: str, result: tuple[Any, ...]) -> Any:
 
 
 class Gpu:
-    """`name`, `capability` such as "8.6", and `driver`, the newest CUDA that it can run, of "cuda" or "cuda:N".
+    """`name`, `capability` such as "8.6", and `driver` (the newest CUDA that it runs, its own name), of "cuda:N".
 
     Raises RuntimeUnavailableError, of `runtime`, for another device, without a driver, and for a GPU that is not there.
     """
 
     def __init__(self, runtime: str, device: str) -> None:
         place = f"runtime {runtime!r}"
-        kind, _, number = device.partition(":")
-        if kind != "cuda" or not (number or "0").isdecimal() or device.endswith(":"):
-            raise RuntimeUnavailableError(
-                place, f"got device {device!r}", "expected 'cuda' or 'cuda:N'", "It runs on NVIDIA GPUs alone."
-            )
+        self.index = gpu_index(runtime, device)
         try:
             count = call("cudaGetDeviceCount", cudart.cudaGetDeviceCount())
         except RuntimeError as error:
             raise RuntimeUnavailableError(
                 place, f"no GPU can be used ({error})", "expected an NVIDIA driver and a GPU", "Install the driver."
             ) from error
-        self.index = int(number or 0)
         if self.index >= count:
             raise RuntimeUnavailableError(
                 place, f"got device {device!r}", f"expected a number below {count}, that of the GPUs", "Check it."
@@ -54,11 +50,17 @@ class Gpu:
         self.name: str = (name.decode() if isinstance(name, bytes) else name).rstrip("\0")
         self.capability = f"{about.major}.{about.minor}"
         version = call("cudaDriverGetVersion", cudart.cudaDriverGetVersion())
-        self.driver = f"{version // 1000}.{version % 1000 // 10}"
+        self.driver = f"{version // 1000}.{version % 1000 // 10} {nvidia_driver()}".strip()
 
-    def use(self) -> None:
-        """Makes it the GPU of the calling thread."""
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes it the GPU of the calling thread, for as long."""
+        before = call("cudaGetDevice", cudart.cudaGetDevice())
         call("cudaSetDevice", cudart.cudaSetDevice(self.index))
+        try:
+            yield
+        finally:
+            cudart.cudaSetDevice(before)
 
 
 class Buffer:
@@ -108,9 +110,12 @@ class Stream:
         call("capture", cudart.cudaStreamBeginCapture(self._stream, mode))
         try:
             work()
-        finally:
-            ended = cudart.cudaStreamEndCapture(self._stream)
-        graph = call("capture", ended)
+        except BaseException:
+            status, graph = cudart.cudaStreamEndCapture(self._stream)
+            if status == cudart.cudaError_t.cudaSuccess:
+                cudart.cudaGraphDestroy(graph)
+            raise
+        graph = call("capture", cudart.cudaStreamEndCapture(self._stream))
         try:
             instance = call("graph", cudart.cudaGraphInstantiate(graph, 0))
         finally:

@@ -23,7 +23,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import INT8, Facts, require_cpu
+from msa2net.runtimes.backends import INT8, Facts, gpu_index, is_cuda, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
@@ -60,7 +60,12 @@ class OnnxRuntimeBackend:
             self._run: Callable[[NDArray[np.float32]], Any] = _Bound(session, manifest, device)
             provider, *_ = session.get_providers()
             self.facts = Facts(
-                version=onnxruntime.__version__, device=device, provider=provider, precision=precision, threads=0
+                version=onnxruntime.__version__,
+                device=device,
+                provider=provider,
+                precision=precision,
+                threads=0,
+                built=not is_cuda(device),  # TensorRT's provider builds an engine, at every start
             )
             return
         require_cpu("onnxruntime", device, precision, ("fp32", "fp16", *INT8))
@@ -172,16 +177,18 @@ class OnnxRuntimeBackend:
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", self._run(x))
 
+    def keep(self, verdict: dict[str, Any]) -> None:
+        """Nothing: the engine of TensorRT's provider lies in no file."""
+
     def close(self) -> None:
         del self._run
 
 
 def _on_gpu(file: str, device: str, precision: str, options: Any) -> Any:
     """A session on a GPU: "cuda" or "cuda:N" by CUDA's provider, "tensorrt" or "tensorrt:N" by both."""
-    kind, _, number = device.partition(":")
+    kind = device.partition(":")[0]
+    index = gpu_index("onnxruntime", device, kind)
     place, providers = "runtime 'onnxruntime'", _PROVIDERS[kind]
-    if device.endswith(":") or not (number or "0").isdecimal():
-        raise RuntimeUnavailableError(place, f"got device {device!r}", f"expected '{kind}' or '{kind}:N'", "Check it.")
     if precision not in ("fp32", "fp16"):
         raise RuntimeUnavailableError(
             place, f"got precision {precision!r} on a GPU", "expected 'fp32' or 'fp16'", "TensorRT's int8 runs there."
@@ -201,9 +208,9 @@ def _on_gpu(file: str, device: str, precision: str, options: Any) -> Any:
             "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu.",
         )
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    settings = [(name, {"device_id": number or "0"} | _SETTINGS.get(name, {})) for name in providers]
+    settings = [(name, {"device_id": str(index)} | _SETTINGS.get(name, {})) for name in providers]
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=settings)
+        session = onnxruntime.InferenceSession(file, options, providers=settings, enable_fallback=0)
     except Exception as error:  # its exception classes share no other base
         raise RuntimeUnavailableError(
             place, f"cannot load the model on {device} ({error})", "", "Check the driver, CUDA and cuDNN."
@@ -223,7 +230,7 @@ class _Bound:
     """A session with image and logits in memory of the GPU; one inference at a time, a second thread waits."""
 
     def __init__(self, session: Any, manifest: Manifest, device: str) -> None:
-        contract, index = manifest.input, int(device.partition(":")[2] or 0)
+        contract, index = manifest.input, int(device.partition(":")[2] or 0)  # it has been checked
         shapes = ((1, planes, contract.height, contract.width) for planes in (contract.channels, len(manifest.classes)))
         self._image, self._logits = (
             onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), _MEMORY, index) for shape in shapes

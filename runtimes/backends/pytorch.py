@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, require_cpu
+from msa2net.runtimes.backends import Facts, gpu_index, is_cuda, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Slot
 
@@ -47,13 +47,7 @@ class PyTorchBackend:
 
         target = target_of("pytorch", device)
         require_cpu("pytorch", "CPU" if target.type == "cuda" else device, precision)
-        if torch.get_float32_matmul_precision() != "highest":
-            raise RuntimeUnavailableError(
-                "runtime 'pytorch'",
-                f"float32 products run in {torch.get_float32_matmul_precision()!r} precision in this process",
-                "expected 'highest'",
-                "Call torch.set_float32_matmul_precision('highest').",
-            )
+        require_ieee("pytorch")
         torch.set_num_threads(threads)
         model = network(files[0], manifest)
         (dtype,) = {parameter.dtype for parameter in model.parameters()}
@@ -100,6 +94,10 @@ class PyTorchBackend:
         del self._run
 
 
+def _ieee() -> Any:
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
 class Graph:
     """The network captured once as a CUDA graph: an image of `shape` on the CPU -> logits on the CPU, to keep.
 
@@ -110,8 +108,7 @@ class Graph:
         self._lock = Lock()
         self._device = device
         self._model = model  # the graph reads its weights where they are
-        ieee = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with torch.inference_mode(), torch.cuda.device(device), ieee:
+        with torch.inference_mode(), torch.cuda.device(device), _ieee():
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             self._given = torch.zeros(shape, pin_memory=True)
             self._image = torch.zeros(shape, device=device)
@@ -132,10 +129,22 @@ class Graph:
             if replay:
                 self._graph.replay()
             else:
-                self._logits.copy_(self._model(self._image))
+                with _ieee():
+                    self._logits.copy_(self._model(self._image))
             self._result.copy_(self._logits, non_blocking=True)
             self._stream.synchronize()
             return self._result.clone()
+
+
+def require_ieee(runtime: str) -> None:
+    """Raises RuntimeUnavailableError if this process lets products of float32 run in TF32."""
+    if (found := torch.get_float32_matmul_precision()) != "highest":
+        raise RuntimeUnavailableError(
+            f"runtime {runtime!r}",
+            f"float32 products run in {found!r} precision in this process",
+            "expected 'highest'",
+            "Call torch.set_float32_matmul_precision('highest').",
+        )
 
 
 def network(file: str, manifest: Manifest) -> Any:
@@ -156,11 +165,10 @@ def network(file: str, manifest: Manifest) -> Any:
 
 def target_of(runtime: str, device: str) -> torch.device:
     """The device that is meant. Raises RuntimeUnavailableError for a GPU that is not there."""
-    if not device.startswith("cuda"):
+    if runtime == "pytorch" and not is_cuda(device):
         return torch.device("cpu")  # what else it may be called, `require_cpu` refuses
-    count = torch.cuda.device_count()
-    index = device.removeprefix("cuda").removeprefix(":") or "0"
-    if not index.isdecimal() or int(index) >= count:
+    index, count = gpu_index(runtime, device), torch.cuda.device_count()
+    if index >= count:
         found = f"this PyTorch ({torch.__version__}) finds {count or 'no'} GPU{'s' * (count != 1)}"
         raise RuntimeUnavailableError(
             f"runtime {runtime!r}",
@@ -168,7 +176,7 @@ def target_of(runtime: str, device: str) -> torch.device:
             "expected cuda or cuda:N of one that is there",
             "Use device='CPU', or install a CUDA build of PyTorch and the driver.",
         )
-    return torch.device("cuda", int(index))
+    return torch.device("cuda", index)
 
 
 def _gates(model: torch.nn.Module) -> str:

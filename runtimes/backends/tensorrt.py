@@ -11,9 +11,11 @@ import importlib
 import json
 import re
 import sys
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, log
-from msa2net.runtimes.bundle import Manifest, Recipe
+from msa2net.runtimes.bundle import Manifest, Recipe, version_numbers
 from msa2net.runtimes.cache import Entry, Slot
 
 _ENGINE, _COMPILED, _TIMINGS, _VERDICT = "engine", "compiled", "timings", "verdict.json"
@@ -51,16 +53,17 @@ class TensorRtBackend:
         self._gpu = Gpu(self.runtime, device)
         self._recipe = recipe_of(manifest, self.runtime, precision)
         self._require_fit(trt.__version__)
-        self._slot, self._lock = slot, Lock()
+        self._slot, self._lock, self._closed = slot, Lock(), False
         self._kept: dict[str, bytes] = {}  # what `keep` is to write
-        self._logger = _logger(trt)
-        self._gpu.use()
-        runtime = trt.Runtime(self._logger)
+        self._logger = logger_of(trt)
         self._owner = ExitStack()
-        with self._owner:
-            context = self._load(trt, runtime, files[0])
-            self._prepare(trt, context, manifest)
-            self._owner = self._owner.pop_all()
+        with self._gpu.active(), ExitStack() as owner:
+            self._owner = owner
+            self._context = self._load(trt, trt.Runtime(self._logger), files[0])
+            self._prepare(trt, manifest)
+            self._owner = owner.pop_all()
+        # Also if nobody closes it; not at the end of the process, when CUDA may be gone.
+        weakref.finalize(self, self._owner.close).atexit = False
         self.facts = Facts(
             version=trt.__version__,
             device=self._gpu.name,
@@ -95,15 +98,25 @@ class TensorRtBackend:
         """An execution context of the engine: out of the cache, or built now."""
 
         def from_cache(entry: Entry) -> Any:
-            return self._context(runtime, entry.files[_ENGINE].read())
+            return self._deserialized(runtime, entry.files[_ENGINE].read())
 
-        context = self._slot.find(from_cache, exclusive=True) if self._slot else None
-        if context is None:
+        engine = self._slot.find(from_cache, exclusive=True) if self._slot else None
+        if engine is None:
             if self._slot:
                 self._slot.confirm()
-            engine = self._build(trt, Path(file).read_bytes())
-            self._kept = {_ENGINE: engine}
-            context = self._context(runtime, engine)
+            self._kept = {_ENGINE: self._build(trt, Path(file).read_bytes())}
+            engine = self._deserialized(runtime, self._kept[_ENGINE])
+        return self._prepared(engine.create_execution_context())
+
+    def _deserialized(self, runtime: Any, engine: bytes) -> Any:
+        loaded = runtime.deserialize_cuda_engine(engine)
+        if loaded is None:
+            raise RuntimeError(f"the engine cannot be loaded: {self._logger.said()}")
+        return loaded
+
+    def _prepared(self, context: Any) -> Any:
+        if context is None:
+            raise RuntimeError(f"the engine cannot be prepared: {self._logger.said()}")
         return context
 
     def _build(self, trt: Any, model: bytes) -> bytes:
@@ -117,25 +130,16 @@ class TensorRtBackend:
             facts = {"timings of": self.compiled_for(f"cuda:{self._gpu.index}")}
             timings = Slot(self._slot.folder, facts)
         known = timings.find(lambda entry: entry.files[_TIMINGS].read()) if timings else None
-        engine, learned = build(trt, model, self._recipe, self._logger, known or b"", _shown())
+        engine, learned = build(trt, model, self._recipe, known or b"", _shown())
         if timings and learned:
-            timings.keep({_TIMINGS: learned})
+            timings.keep(partial(_write, {_TIMINGS: learned}))
         return engine
 
-    def _context(self, runtime: Any, engine: bytes) -> Any:
-        loaded = runtime.deserialize_cuda_engine(engine)
-        if loaded is None:
-            raise RuntimeError(f"the engine cannot be loaded: {self._logger.said()}")
-        context = loaded.create_execution_context()
-        if context is None:
-            raise RuntimeError(f"the engine cannot be prepared: {self._logger.said()}")
-        return context
-
-    def _prepare(self, trt: Any, context: Any, manifest: Manifest) -> None:
+    def _prepare(self, trt: Any, manifest: Manifest) -> None:
         """Takes all memory, and captures one inference in a graph where the engine allows it."""
         from msa2net.runtimes.backends.cuda import Buffer, Stream
 
-        contract, engine = manifest.input, context.engine
+        context, contract = self._context, manifest.input
         self._stream = Stream(self._owner)
         self._image, self._logits = (
             self._buffer(trt, context, mode, (1, planes, contract.height, contract.width), Buffer)
@@ -144,26 +148,25 @@ class TensorRtBackend:
                 (trt.TensorIOMode.OUTPUT, len(manifest.classes)),
             )
         )
-
-        def enqueue() -> None:
-            self._image.to_device(self._stream.raw)
-            if not context.execute_async_v3(self._stream.handle):
-                raise RuntimeError(f"the engine cannot run: {self._logger.said()}")
-            self._logits.to_host(self._stream.raw)
-
-        self._enqueue = enqueue
         self._image.array[:] = 0
-        enqueue()  # the first run loads kernels, which a capture would forbid
+        self._enqueue()  # the first run loads kernels, which a capture would forbid
         self._stream.synchronize()
-        capturable = getattr(context, "is_stream_capturable", lambda _: True)
-        if capturable(self._stream.handle):
-            self._launch, self._how = self._stream.capture(enqueue), "one CUDA graph"
-        else:
-            self._launch, self._how = enqueue, "without a CUDA graph: the engine cannot be captured"
-        self._context_kept = context  # the graph uses its memory
-        inspector = engine.create_engine_inspector()
+        self._graph: Callable[[], None] | None = None
+        self._how = "without a CUDA graph"
+        if getattr(context, "is_stream_capturable", lambda _: True)(self._stream.handle):  # RTX says so itself
+            try:
+                self._graph, self._how = self._stream.capture(self._enqueue), "one CUDA graph"
+            except RuntimeError as error:
+                log.warning("%s: the engine runs without a CUDA graph: %s", self.runtime, error)
+        inspector = context.engine.create_engine_inspector()
         inspector.execution_context = context
         self._layers = layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def _enqueue(self) -> None:
+        self._image.to_device(self._stream.raw)
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise RuntimeError(f"the engine cannot run: {self._logger.said()}")
+        self._logits.to_host(self._stream.raw)
 
     def _buffer(self, trt: Any, context: Any, mode: Any, shape: tuple[int, ...], buffer: Any) -> Any:
         """The memory of the engine's one input or output. Raises RuntimeError if it is not what was exported."""
@@ -176,35 +179,44 @@ class TensorRtBackend:
         if found != [(trt.float32, shape)]:
             raise RuntimeError(f"the engine has the {mode} {found}, expected one of float32 {shape}")
         made = buffer(shape, self._owner)
-        context.set_tensor_address(names[0], made.device)
+        if not context.set_tensor_address(names[0], made.device):
+            raise RuntimeError(f"the engine does not take the memory of its {mode}: {self._logger.said()}")
         return made
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._infer(x, self._launch)
+        return self._infer(x)
 
     def infer_without_graph(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The same, enqueued piece by piece: what the graph gains is for benchmarks to say."""
-        return self._infer(x, self._enqueue)
+        return self._infer(x, graph=False)
 
-    def _infer(self, x: NDArray[np.float32], launch: Callable[[], None]) -> NDArray[np.float32]:
+    def _infer(self, x: NDArray[np.float32], graph: bool = True) -> NDArray[np.float32]:
         with self._lock:
-            self._gpu.use()
-            self._image.array[:] = x
-            launch()
-            self._stream.synchronize()
-            return self._logits.array.copy()
+            if self._closed:  # while this thread waited
+                raise RuntimeError("it was closed")
+            with self._gpu.active():
+                self._image.array[:] = x
+                (self._graph if graph and self._graph else self._enqueue)()
+                self._stream.synchronize()
+                return self._logits.array.copy()
 
     def keep(self, verdict: dict[str, Any]) -> None:
         """Puts what was built into the cache, with the verdict of the golden frames on it."""
+        files, self._kept = self._kept | {_VERDICT: json.dumps(verdict).encode()}, {}
         if self._slot:
-            self._slot.keep(self._kept | {_VERDICT: json.dumps(verdict).encode()})
-        self._kept = {}
+            self._slot.keep(partial(_write, files))
 
     def close(self) -> None:
         with self._lock:
-            self._gpu.use()
-            self._owner.close()  # graph, buffers, stream: what was taken last goes first
-            del self._context_kept, self._enqueue, self._launch
+            self._closed = True
+            with self._gpu.active():
+                self._owner.close()  # graph, buffers, stream: what was taken last goes first
+            vars(self).pop("_context", None)
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 class TensorRtRtxBackend(TensorRtBackend):
@@ -226,12 +238,13 @@ class TensorRtRtxBackend(TensorRtBackend):
                 f"{', '.join(self._recipe.compute_capabilities)}",
                 "Update the driver, or export it again.",
             )
-        loaded = runtime.deserialize_cuda_engine(engine)
-        if loaded is None:
-            raise RuntimeError(f"the engine cannot be loaded: {self._logger.said()}")
-        config = loaded.create_runtime_config()
+        loaded = self._deserialized(runtime, engine)
+        self._config = config = loaded.create_runtime_config()
         self._compiled = config.create_runtime_cache()
         config.set_runtime_cache(self._compiled)
+        if self._recipe.batch > 1:  # all kernels at once, not in the background while others stand in for them
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
 
         def from_cache(entry: Entry) -> bool:
             if not self._compiled.deserialize(entry.files[_COMPILED].read()):
@@ -239,13 +252,10 @@ class TensorRtRtxBackend(TensorRtBackend):
             return True
 
         self._found = bool(self._slot and self._slot.find(from_cache))
-        context = loaded.create_execution_context(config)
-        if context is None:
-            raise RuntimeError(f"the engine cannot be prepared: {self._logger.said()}")
-        return context
+        return self._prepared(loaded.create_execution_context(config))
 
-    def _prepare(self, trt: Any, context: Any, manifest: Manifest) -> None:
-        super()._prepare(trt, context, manifest)
+    def _prepare(self, trt: Any, manifest: Manifest) -> None:
+        super()._prepare(trt, manifest)
         if not self._found:  # the first run has compiled all of them
             self._kept = {_COMPILED: bytes(self._compiled.serialize())}
 
@@ -253,7 +263,7 @@ class TensorRtRtxBackend(TensorRtBackend):
 def require_version(runtime: str, library: str, version: str, recipe: Recipe) -> None:
     """Raises RuntimeUnavailableError unless the library's version is one that the recipe is for."""
     least, below = recipe.version
-    if not _numbers(least) <= _numbers(version) < _numbers(below):
+    if not version_numbers(least) <= version_numbers(version) < version_numbers(below):
         raise RuntimeUnavailableError(
             f"runtime {runtime!r}",
             f"{library} {version} is installed",
@@ -273,7 +283,7 @@ def recipe_of(manifest: Manifest, runtime: str, precision: str) -> Recipe:
 
 
 def build(
-    trt: Any, model: bytes, recipe: Recipe, logger: Any = None, timings: bytes = b"", progress: Progress | None = None
+    trt: Any, model: bytes, recipe: Recipe, timings: bytes = b"", progress: Progress | None = None
 ) -> tuple[bytes, bytes]:
     """The engine, and the timing cache with what was learned, of an ONNX model whose own types are kept.
 
@@ -283,10 +293,11 @@ def build(
 
     Raises RuntimeError with what TensorRT said.
     """
-    logger = logger or _logger(trt)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise RuntimeError(f"TensorRT cannot start: {logger.said()}")
+    logger = logger_of(trt)
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # its binding's word for nothing
+        raise RuntimeError(f"TensorRT cannot start: {logger.said()}") from error
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 has no other kind
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
@@ -298,12 +309,16 @@ def build(
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the engine says what its layers compute in
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace)
     level = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}.get(recipe.hardware_compatibility)
+    if level and not hasattr(trt.HardwareCompatibilityLevel, level):
+        raise RuntimeError(f"TensorRT {trt.__version__} knows no hardware compatibility {level}: export with none")
     if level:
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
     if recipe.compute_capabilities:
         config.num_compute_capabilities = len(recipe.compute_capabilities)
         for i, each in enumerate(recipe.compute_capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{each.replace('.', '')}"), i)
+            target = getattr(trt.ComputeCapability, f"SM{each.replace('.', '')}", None)
+            if target is None or config.set_compute_capability(target, i) is False:
+                raise RuntimeError(f"it builds no engine for compute capability {each}")
     if recipe.batch > 1:
         image = network.get_input(0)
         rest = tuple(image.shape)[1:]
@@ -323,21 +338,22 @@ def build(
 
 
 def layers(information: str) -> dict[str, int]:
-    """How many layers compute in each precision, of what the engine inspector says; empty if it says nothing.
+    """How many layers touch which precision, of what the engine inspector says; empty if it says nothing to be read.
 
-    A layer's precision is the lowest of what it reads and gives; what only moves or converts numbers is left out.
+    A layer counts as the lowest precision of what it reads and gives, so that one which rounds to int8 counts as int8,
+    too; what only moves or converts numbers is left out.
     """
-    try:
-        found = json.loads(information)["Layers"]
-    except (ValueError, KeyError, TypeError):
-        return {}
     counted: Counter[str] = Counter()
-    for layer in found:
-        if not isinstance(layer, dict) or layer.get("LayerType") in _NO_COMPUTE:
-            continue
-        texts = [str(each.get("Format/Datatype", "")) for key in ("Inputs", "Outputs") for each in layer.get(key, [])]
-        kinds = [name for name, pattern in _KINDS for text in texts if re.search(pattern, text, re.IGNORECASE)]
-        counted[kinds[0] if kinds else "other"] += 1
+    try:
+        for layer in json.loads(information)["Layers"]:
+            if not isinstance(layer, dict) or layer.get("LayerType") in _NO_COMPUTE:
+                continue
+            tensors = [each for key in ("Inputs", "Outputs") for each in layer.get(key) or []]
+            texts = [str(each.get("Format/Datatype", "")) for each in tensors if isinstance(each, dict)]
+            kinds = [name for name, pattern in _KINDS for text in texts if re.search(pattern, text, re.IGNORECASE)]
+            counted[kinds[0] if kinds else "other"] += 1
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
     return dict(sorted(counted.items()))
 
 
@@ -345,12 +361,12 @@ _NO_COMPUTE = {"Reformat", "NoOp", "Shuffle", "Constant", "Quantize", "Dequantiz
 _KINDS = (("fp8", "fp8"), ("int8", "int8"), ("fp16", "fp16|half"), ("bf16", "bf16|bfloat"), ("fp32", "fp32|float"))
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version)[:4]]
+@cache
+def logger_of(trt: Any) -> Any:
+    """The logger of this library, one for the whole process: TensorRT keeps the first that it is given.
 
-
-def _logger(trt: Any) -> Any:
-    """TensorRT's logger: what it says goes to ours, and the last errors into messages."""
+    What it says goes to ours, the last errors into messages.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -364,7 +380,10 @@ def _logger(trt: Any) -> Any:
                 log.info("tensorrt: %s", message)
 
         def said(self) -> str:
-            return " ".join("; ".join(self.errors).split())[:1000] or "it gave no reason"
+            """The last errors, once."""
+            text = " ".join("; ".join(self.errors).split())[:1000]
+            self.errors.clear()
+            return text or "it gave no reason"
 
     return Logger()
 

@@ -17,8 +17,8 @@ import torch_tensorrt
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import Facts, log
-from msa2net.runtimes.backends.pytorch import Graph, network, target_of
+from msa2net.runtimes.backends import Facts, log, nvidia_driver
+from msa2net.runtimes.backends.pytorch import Graph, network, require_ieee, target_of
 from msa2net.runtimes.backends.tensorrt import recipe_of, require_version
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
@@ -46,19 +46,17 @@ class TorchTensorRtBackend:
         slot: Slot | None = None,
         rest: str = "fp32",
     ) -> None:
-        if not device.startswith("cuda") or precision != "fp32":
+        target = target_of("torch-tensorrt", device)
+        if precision != "fp32":
             raise RuntimeUnavailableError(
-                "runtime 'torch-tensorrt'",
-                f"got device {device!r} and precision {precision!r}",
-                "expected 'cuda' or 'cuda:N', and 'fp32'",
-                "TensorRT has lower precisions.",
+                "runtime 'torch-tensorrt'", f"got precision {precision!r}", "expected 'fp32'", "TensorRT has others."
             )
+        require_ieee("torch-tensorrt")
         recipe = recipe_of(manifest, "torch-tensorrt", precision)
         require_version("torch-tensorrt", "torch_tensorrt", torch_tensorrt.__version__, recipe)
-        target = target_of("torch-tensorrt", device)
         contract = manifest.input
+        self._slot, self._target = slot, target
         self._image = torch.zeros(1, contract.channels, contract.height, contract.width, device=target)
-        self._slot = slot
 
         def from_cache(entry: Entry) -> Any:
             loaded = torch_tensorrt.load(str(entry.path / _MODULE)).module()
@@ -73,12 +71,12 @@ class TorchTensorRtBackend:
                 if slot:
                     slot.confirm()
                 log.warning("torch-tensorrt: compiling for %s, which takes minutes", torch.cuda.get_device_name(target))
-                module = self._built = compiled(network(files[0], manifest).to(target), self._image, recipe.workspace)
+                module = self._built = compiled(network(files[0], manifest), self._image, recipe.workspace)
             self._run = Graph(module, tuple(self._image.shape), target)
         self.facts = Facts(
             version=torch_tensorrt.__version__,
             device=torch.cuda.get_device_name(target),
-            provider="one TensorRT engine, CUDA graph",
+            provider="TensorRT engine, CUDA graph",
             precision="fp32",
             threads=0,
             built=self._built is not None,
@@ -89,7 +87,8 @@ class TorchTensorRtBackend:
         target = target_of("torch-tensorrt", device)
         capability = "{}.{}".format(*torch.cuda.get_device_capability(target))
         versions = {"version": torch_tensorrt.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
-        return versions | {"gpu": torch.cuda.get_device_name(target), "capability": capability}
+        gpu = {"gpu": torch.cuda.get_device_name(target), "capability": capability, "driver": nvidia_driver()}
+        return versions | gpu
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -105,25 +104,35 @@ class TorchTensorRtBackend:
     def keep(self, verdict: dict[str, Any]) -> None:
         """Puts what was compiled into the cache, with the verdict of the golden frames on it."""
         module, self._built = self._built, None
-        if self._slot and not self._slot.problem:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, _MODULE)
-                torch_tensorrt.save(module, str(path), output_format="exported_program", arg_inputs=[self._image])
-                self._slot.keep({_MODULE: path.read_bytes(), _VERDICT: json.dumps(verdict).encode()})
+
+        def write(folder: Path) -> None:
+            with torch.cuda.device(self._target), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                path = str(folder / _MODULE)
+                torch_tensorrt.save(module, path, output_format="exported_program", arg_inputs=[self._image])
+            (folder / _VERDICT).write_text(json.dumps(verdict), encoding="utf-8")
+
+        if self._slot:
+            self._slot.keep(write)
 
     def close(self) -> None:
         del self._run, self._image
 
 
 def compiled(model: Any, image: torch.Tensor, workspace: int) -> Any:
-    """The network in TensorRT; `image` is an input on the GPU, `workspace` in bytes."""
+    """The network, which is on the CPU, in TensorRT; `image` is an input on the GPU, `workspace` in bytes."""
     program = exported(model, image)
-    return torch_tensorrt.dynamo.compile(program, arg_inputs=[image], workspace_size=workspace, **SETTINGS)
+    # Its timing cache lies in a folder that others can write to, unless it is told another.
+    with tempfile.TemporaryDirectory() as folder:
+        timings = str(Path(folder, "timings"))
+        return torch_tensorrt.dynamo.compile(
+            program, arg_inputs=[image], workspace_size=workspace, timing_cache_path=timings, **SETTINGS
+        )
 
 
 def exported(model: Any, image: torch.Tensor) -> torch.export.ExportedProgram:
     """The network, rewritten as for ONNX Runtime (what pays here has not been measured), as an exported program."""
     from msa2net.core.rewrites import chosen, rewritten
 
-    with torch.no_grad():
-        return torch.export.export(rewritten(model, chosen("onnxruntime")), (image,))
+    with torch.no_grad():  # rewritten on the CPU: on a GPU products may run in TF32
+        return torch.export.export(rewritten(model, chosen("onnxruntime")).to(image.device), (image,))
