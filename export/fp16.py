@@ -64,15 +64,21 @@ class Fp16:
         return convert(self._source, nodes | self.kept_nodes)
 
     def found(self) -> dict[str, Any]:
-        """For the manifest: the largest tensors, the nodes that stay in fp32 for their range, the constants lost."""
-        largest = sorted(self.ranges.items(), key=lambda item: -max(item[1]))[:LISTED]
-        return {
-            "limit": LARGEST,
-            "headroom": HEADROOM,
-            "largest": [{"node": name, "value": given, "sum": inside} for name, (given, inside) in largest],
-            "vanishing": [{"node": name, "value": value} for name, value in self.vanishing.items()],
-            "kept_nodes": sorted(self.kept_nodes),
-        }
+        return described(self.ranges, self.vanishing, self.kept_nodes)
+
+
+def described(
+    ranges: dict[str, tuple[float, float]], vanishing: dict[str, float], kept_nodes: Collection[str]
+) -> dict[str, Any]:
+    """For the manifest: the largest tensors, the nodes that stay in fp32 for their range, the constants lost."""
+    largest = sorted(ranges.items(), key=lambda item: -max(item[1]))[:LISTED]
+    return {
+        "limit": LARGEST,
+        "headroom": HEADROOM,
+        "largest": [{"node": name, "value": given, "sum": inside} for name, (given, inside) in largest],
+        "vanishing": [{"node": name, "value": value} for name, value in vanishing.items()],
+        "kept_nodes": sorted(kept_nodes),
+    }
 
 
 def emulation(file: Path) -> Infer:

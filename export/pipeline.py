@@ -500,7 +500,7 @@ def _lower(
     else:  # a place takes seconds and there are many, so one is measured on each core
         rankings[runtime] = precision.rank(lowering, tensors[:_RANKED_ON], tick, default_threads())
         scan = dict(rankings[runtime])
-    if isinstance(lowering, fp16.Fp16):
+    if isinstance(lowering, fp16.Fp16 | tensorrt.Int8):
         scan["ranges"] = lowering.found()
     if isinstance(lowering, quantize.OnnxInt8 | quantize.OpenVinoInt8):  # TensorRT's, too
         scan["methods"], scan["forced"] = lowering.methods, list(forced)

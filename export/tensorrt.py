@@ -37,11 +37,16 @@ class Int8(quantize.OnnxInt8):
 
     def _quantizations(self, inputs: Tensors, tick: Callable[[str], object]) -> Iterator[tuple[str, Any]]:
         tick("fp16's ranges")
-        lost = fp16.vanishing(self._fp32)
-        self._in_fp32 = fp16.unfit(self._fp32, fp16.ranges(self._fp32, inputs), lost)
+        found, lost = fp16.ranges(self._fp32, inputs), fp16.vanishing(self._fp32)
+        self._in_fp32 = fp16.unfit(self._fp32, found, lost)
+        self._described = fp16.described(found, lost, self._in_fp32)
         self._nodes = {name: place for name, place in self._nodes.items() if name not in self._in_fp32}
         for method, ranges in super()._quantizations(inputs, tick):
             yield method, {name: float(np.abs(both).max()) for name, both in ranges.items()}
+
+    def found(self) -> dict[str, Any]:
+        """See `fp16.described`: what is not in int8 is in fp16."""
+        return self._described
 
     def infer(self, kept: Collection[str]) -> Infer:
         return onnx_file.runner(fp16.emulated(self._with_quantizers(kept)), fuse=False)

@@ -23,7 +23,7 @@ import onnxruntime
 HEADER = b"a fake engine of "
 GPU = {"count": 1, "name": "Fake GPU", "major": 8, "minor": 6, "driver": 13000, "bytes": 1 << 30}
 # What goes wrong: "no_driver", "build", "deserialize", "context", "execute", "wrong", "nan", "not_capturable",
-# "capture".
+# "capture", "launch".
 FAULTS: set[str] = set()
 COUNTS: dict[str, int] = {}  # of builds, deserialisations, launches
 PROFILES: list[Any] = []  # that were asked for
@@ -92,6 +92,8 @@ def _end(_: Any) -> tuple[Any, ...]:
 
 def _launch(graph: Any, _: Any) -> tuple[Any, ...]:
     count("launches")
+    if "launch" in FAULTS:
+        return (cudaError_t.cudaErrorMemoryAllocation,)
     for work in graph:
         work()
     return (_OK,)

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -128,13 +129,8 @@ def products(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, dict[str,
             yield node, makers
 
 
-def test_every_product_meant_for_int8_has_qdq_on_both_inputs_and_nothing_else_has(
-    int8: tuple[tensorrt.Int8, Path],
-) -> None:
-    lowering, path = int8
-    model = onnx.load(path)
-    meant = set(quantize.quantized_nodes(onnx.load(path.parent / "model.onnx")))
-    assert len(meant) > 100
+def require_qdq(model: onnx.ModelProto, meant: set[str]) -> None:
+    """Q/DQ on both inputs of every product that is meant, and of no other, and none for nothing."""
     read = set()
     for node, makers in products(model):
         rounded = [name in makers and makers[name].op_type == "DequantizeLinear" for name in node.input[:2]]
@@ -142,11 +138,15 @@ def test_every_product_meant_for_int8_has_qdq_on_both_inputs_and_nothing_else_ha
         if node.name in meant:
             read.update(node.input[:2])
     makers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.name)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "DequantizeLinear":  # for a product, and for nothing else
             assert node.output[0] in read
-            assert all(node.output[0] not in other.input or other.name in meant for other in model.graph.node)
+            assert readers[node.output[0]] <= meant
             zero = onnx.numpy_helper.to_array(constants[node.input[2]])
             assert zero.dtype == np.int8
             assert not zero.any()
@@ -155,7 +155,17 @@ def test_every_product_meant_for_int8_has_qdq_on_both_inputs_and_nothing_else_ha
             while source is not None and source.op_type in ("Reshape", "Transpose", "Cast"):
                 source = makers.get(source.input[0])
             assert source is None or source.op_type != "DequantizeLinear"
+
+
+def test_every_product_meant_for_int8_has_qdq_on_both_inputs_and_nothing_else_has(
+    int8: tuple[tensorrt.Int8, Path],
+) -> None:
+    lowering, path = int8
+    meant = set(quantize.quantized_nodes(onnx.load(path.parent / "model.onnx")))
+    assert len(meant) > 100
+    require_qdq(onnx.load(path), meant)
     assert sorted(lowering.places) == sorted({quantize.fine_place(name) for name in meant})
+    assert max(row["sum"] for row in lowering.found()["largest"]) < 65_504 / 4
 
 
 def test_int8_and_fp16_do_on_a_cpu_what_fp32_does(
@@ -282,14 +292,17 @@ def test_polygraphy_finds_no_node_that_is_not_supported(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", DEEP_DECODERS)
-def test_the_released_size_builds_for_every_target_in_every_precision(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_every_network_builds_for_every_target_in_every_precision(size: str, form: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     torch.manual_seed(0)
-    model = MSA2Net(dataclasses.replace(VARIANTS["small"], deep_decoder=form)).eval()
+    model = MSA2Net(dataclasses.replace(VARIANTS[size], deep_decoder=form)).eval()
     onnx_file.write(rewritten(model, chosen("onnxruntime")), 3, tmp_path / "fp32.onnx")
     inputs = [np.random.default_rng(i).normal(size=(1, 3, 224, 224)).astype(np.float32) for i in range(2)]
     fp16.Fp16(tmp_path, "fp32.onnx", "fp16.onnx", inputs[:1]).write(())
-    tensorrt.Int8(tmp_path, ("fp32.onnx",), "int8.onnx", inputs[:1], inputs[1:], False).write(())
+    lowering = tensorrt.Int8(tmp_path, ("fp32.onnx",), "int8.onnx", inputs[:1], inputs[1:], False)
+    lowering.write(())
+    require_qdq(onnx.load(tmp_path / "int8.onnx"), set(lowering._nodes))
     require_supported(*(tmp_path / f"{named}.onnx" for named in PRECISIONS))
     sizes = {}
     for named, target in itertools.product(PRECISIONS, TARGETS):
@@ -607,6 +620,31 @@ def test_what_goes_wrong_on_the_device_has_a_name(
     fake.FAULTS.add(fault)
     with pytest.raises(RuntimeUnavailableError, match=message):
         load(faked, **options)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_launch_that_fails_gives_no_mask(faked: Path) -> None:
+    with load(faked) as predictor:
+        before = predictor.predict(FRAME)
+        fake.FAULTS.add("launch")
+        with pytest.raises(
+            OutputError, match=r"runtime 'tensorrt': failed .*launch: out of memory .cudaErrorMemoryAll"
+        ):
+            predictor.predict(FRAME)
+        fake.FAULTS.clear()
+        assert np.array_equal(predictor.predict(FRAME).logits, before.logits)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_build_shows_how_far_it_is_on_a_terminal(
+    faked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load(faked).close()
+    assert [line.split() for line in re.split(r"[\r\n]+", capsys.readouterr().err.strip())] == [
+        ["building", "1", "of", "2"],
+        ["building", "2", "of", "2"],
+    ]
 
 
 @pytest.mark.usefixtures("gpu")
