@@ -323,7 +323,15 @@ def test_an_fp16_artifact_is_judged_ranked_and_half_the_size_and_is_no_fp32_on_t
             Predictor.load(bundle, runtime="onnxruntime", precision="fp16")
 
 
+@pytest.fixture
+def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ranking at hand, in place of the measured one."""
+    places = ("stages.0.blocks.0", "stem", "decoder_0.layer_up", "decoder_2.tran_layer1", "decoder_1.ag_attn")
+    monkeypatch.setattr(precision, "rank", lambda *_: {"places": [{"place": place} for place in places]})
+
+
 @can_run_bf16
+@pytest.mark.usefixtures("ranked")
 def test_a_bf16_artifact_shares_its_weights_and_runs_in_bf16(
     quick: Callable[..., tuple[Path, dict[str, Any]]],
 ) -> None:
@@ -333,13 +341,6 @@ def test_a_bf16_artifact_shares_its_weights_and_runs_in_bf16(
     with Predictor.load(bundle, runtime="openvino", precision="bf16") as predictor:
         assert predictor.self_test().passed
         assert predictor.execution.layers["bf16"] > 300
-
-
-@pytest.fixture
-def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ranking at hand, in place of the measured one."""
-    places = ("stages.0.blocks.0", "stem", "decoder_0.layer_up", "decoder_2.tran_layer1", "decoder_1.ag_attn")
-    monkeypatch.setattr(precision, "rank", lambda *_: {"places": [{"place": place} for place in places]})
 
 
 @can_run_bf16
