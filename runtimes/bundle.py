@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import stat
+import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from msa2net.errors import BundleError, RuntimeUnavailableError
+from msa2net.runtimes import graphs
 
 SCHEMA_VERSION = (3, 1)
 READS = (2, 3)  # major versions
@@ -37,8 +40,11 @@ VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
 _TEXT = re.compile(f"[^{_CONTROL}]*")
 _SUMS_LINE = re.compile(f"([0-9a-f]{{64}})  ([^{_CONTROL}\\\\]+)")
+_DO_NOT_USE = "Do not use this bundle: export the model again."
 _VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}")
 _COPY_ANEW = "Copy the bundle anew."
+MOST_BYTES, MOST_DEPTH = 1 << 20, 32  # of the manifest and the sums; of the manifest, objects and lists in each other
+_PACKAGE = Path(__file__).resolve().parent  # an installer may have linked its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +266,13 @@ class _Node:
 
 def parse_manifest(content: bytes) -> Manifest:
     """The manifest from its bytes. Raises BundleError naming the JSON path, the value and what was expected."""
+    if len(content) > MOST_BYTES:
+        raise BundleError(
+            MANIFEST, f"got {len(content)} bytes", f"expected at most {MOST_BYTES}", "Export the model again."
+        )
     try:
         text = content.decode("utf-8")
+        _require_shallow(text)
         root = _Node(json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json, parse_float=_finite))
     except (ValueError, RecursionError) as error:
         raise BundleError(
@@ -324,6 +335,17 @@ def parse_manifest(content: bytes) -> Manifest:
     return manifest
 
 
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)  # a string, or what opens or closes
+
+
+def _require_shallow(text: str) -> None:
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > MOST_DEPTH:
+            raise ValueError(f"objects and lists lie deeper than {MOST_DEPTH} in each other")
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object's fields. Readers differ in which of two equal ones they take, so two are refused."""
     found = dict(pairs)
@@ -377,6 +399,11 @@ def _speed(node: _Node) -> Speed:
         machine=node.get("machine").text(),
         threads=node.get("threads").integer(1, 4096),
     )
+
+
+def _padded(version: str) -> list[int]:
+    """The four numbers of a version: 2 is 2.0.0.0."""
+    return [*version_numbers(version), 0, 0, 0][:4]
 
 
 def version_numbers(version: str) -> list[int]:
@@ -442,13 +469,22 @@ def _shown(path: str) -> str:
 
 
 def files_below(root: Path) -> list[str]:
-    """Sorted POSIX paths of all files below `root`. Raises BundleError for anything but folders and regular files."""
+    """Sorted POSIX paths of all files below `root`. Raises BundleError for anything but folders and regular files.
+
+    A regular file that has another name elsewhere could be changed by that: it is refused, unless an installer may have
+    linked it.
+    """
     found = []
+    installed = root.resolve().is_relative_to(_PACKAGE)
     for folder, folders, names in os.walk(root):
         for name in folders + names:
             path = Path(folder, name)
-            mode = path.lstat().st_mode
-            relative = path.relative_to(root).as_posix()
+            about = path.lstat()
+            mode, relative = about.st_mode, path.relative_to(root).as_posix()
+            if stat.S_ISREG(mode) and about.st_nlink > 1 and not installed:
+                raise BundleError(
+                    _shown(relative), "is a hard link", "expected a file without another name", _COPY_ANEW
+                )
             if stat.S_ISREG(mode):
                 found.append(relative)
             elif not stat.S_ISDIR(mode):
@@ -475,9 +511,12 @@ class Bundle:
         if not (self.path / SUMS).is_file():
             raise BundleError(self.path, f"no {SUMS} in it", "expected a bundle", "Make one with 'msa2net export'.")
         try:
-            content = (self.path / SUMS).read_bytes()
+            with (self.path / SUMS).open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
         except OSError as error:
             raise _unreadable(SUMS, error) from error
+        if len(content) > MOST_BYTES:
+            raise BundleError(SUMS, f"got over {MOST_BYTES} bytes", "expected fewer", _COPY_ANEW)
         self.digest = hashlib.sha256(content).hexdigest()
         self.sums = self._parse_sums(content)
         self._check_listing()
@@ -498,33 +537,38 @@ class Bundle:
         if rest:
             raise BundleError(SUMS, "its last line has no end", "expected whole lines", _COPY_ANEW)
         sums: dict[str, str] = {}
+        folded: dict[str, str] = {SUMS.casefold(): SUMS}
         for number, line in enumerate(lines, 1):
             place = f"{SUMS} line {number}"
             found = _SUMS_LINE.fullmatch(line)
             if not found:
                 raise BundleError(place, "not a sum", "expected '<64 hex digits>  <path>'", _COPY_ANEW)
-            parts = found[2].split("/")
-            if found[2] in sums or found[2] == SUMS or not all(parts) or {".", ".."} & set(parts):
+            path, parts = found[2], found[2].split("/")
+            if path in sums or path == SUMS or not all(parts) or {".", ".."} & set(parts) or ":" in path:
                 raise BundleError(
-                    place,
-                    f"got the path {found[2]!r}",
-                    "expected a file inside the bundle, listed once",
-                    "Do not use this bundle: export the model again.",
+                    place, f"got the path {path!r}", "expected a file inside the bundle, listed once", _DO_NOT_USE
                 )
-            sums[found[2]] = found[1]
+            if unicodedata.normalize("NFC", path) != path:
+                raise BundleError(
+                    place, f"got the path {path!r}", "expected its characters composed (NFC)", _DO_NOT_USE
+                )
+            if (other := folded.setdefault(path.casefold(), path)) != path:
+                raise BundleError(
+                    place, f"got the path {path!r}", f"expected more than case to tell it from {other!r}", _DO_NOT_USE
+                )
+            sums[path] = found[1]
         if MANIFEST not in sums:
             raise BundleError(SUMS, f"no line for {MANIFEST}", "expected one", _COPY_ANEW)
         return sums
 
-    def _check_listing(self) -> None:
+    def _check_listing(self, changed: Sequence[str] = ()) -> None:
+        """Raises BundleError with what is missing, what is extra and, if it is given, what has changed."""
         present = set(files_below(self.path)) - {SUMS}
-        complaints = [
-            f"{kind} {', '.join(map(_shown, sorted(paths)))}"
-            for kind, paths in (("missing", self.sums.keys() - present), ("extra", present - self.sums.keys()))
-            if paths
-        ]
+        kinds = {"missing": self.sums.keys() - present, "extra": present - self.sums.keys(), "changed": set(changed)}
+        complaints = [f"{kind} {', '.join(map(_shown, sorted(paths)))}" for kind, paths in kinds.items() if paths]
         if complaints:
-            raise BundleError(self.path, "; ".join(complaints), f"expected exactly the files of {SUMS}", _COPY_ANEW)
+            what = "the sums" if kinds["changed"] and len(complaints) == 1 else "exactly the files"
+            raise BundleError(self.path, "; ".join(complaints), f"expected {what} of {SUMS}", _COPY_ANEW)
 
     def _check_entry(self, entry: FileEntry) -> None:
         self._check_listed(entry.path)
@@ -587,7 +631,8 @@ class Bundle:
 
     @contextmanager
     def open_unchecked(self, artifact: Artifact) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
-        """As `open_artifact`, but the digests are checked when the second value is called, in any thread.
+        """As `open_artifact`, but the digests are checked when the second value is called, in any thread, and what
+        the graphs hold, see `graphs.check`.
 
         It raises BundleError. Until it has returned, nothing in these files may be parsed and no result given out.
         """
@@ -597,6 +642,10 @@ class Bundle:
             def check() -> None:
                 for relative, file in files.items():
                     self._check(relative, file)
+                for relative, file in files.items():
+                    if relative.endswith((".onnx", ".xml")):
+                        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                            graphs.check(relative, content)
 
             paths = {relative: f"/proc/self/fd/{file.fileno()}" for relative, file in files.items()}
             yield (
@@ -606,17 +655,27 @@ class Bundle:
 
     def verify(self) -> int:
         """Checks the list of files and the digest of each; returns their number. Raises BundleError listing all."""
-        self._check_listing()
         changed = []
         for relative in self.sums:
             try:
                 with self.open(relative):
                     pass
             except BundleError:
-                changed.append(relative)
-        if changed:
-            raise BundleError(self.path, f"changed {', '.join(changed)}", f"expected the sums of {SUMS}", _COPY_ANEW)
+                if (self.path / relative).exists():
+                    changed.append(relative)
+        self._check_listing(changed)
         return len(self.sums)
+
+    def require_version(self, least: str) -> None:
+        """Raises BundleError unless the model's version is at least this; both are numbers with dots, as in "2.1"."""
+        found = self.manifest.model_version
+        for what, version in (("minimum_version", least), (f"{MANIFEST} $.model.version", found)):
+            if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}", version):
+                raise BundleError(what, f"got {version!r}", "expected numbers with dots, as in '2.1'", "Check it.")
+        if _padded(found) < _padded(least):
+            raise BundleError(
+                self.path, f"holds version {found} of its model", f"expected at least {least}", "Use a newer bundle."
+            )
 
     def artifact(self, runtime: str, precision: str) -> Artifact:
         """The artifact for `runtime` in `precision`; RuntimeUnavailableError, listing those there are, if none."""

@@ -183,6 +183,7 @@ class Predictor:
         device: str | None = None,
         threads: int | None = None,
         cache: str | Path | Literal[False] | None = None,
+        minimum_version: str | None = None,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
@@ -199,6 +200,7 @@ class Predictor:
         cache       where what the runtime compiles is kept for the next start: a folder, made if need be; None or
                     "auto" for $MSA2NET_CACHE, else msa2net in $XDG_CACHE_HOME or ~/.cache; False for nowhere. Where
                     it cannot be used there is a CacheWarning that says why.
+        minimum_version   of the model, such as "2.1": an older bundle is refused
 
         Raises BundleError (damaged, changed, unknown schema) and RuntimeUnavailableError (unknown, not installed,
         no such precision or device, or a model that the runtime cannot load).
@@ -224,6 +226,8 @@ class Predictor:
                 stacklevel=2,
             )
         bundle = Bundle(DEMO_BUNDLE if path is None else path)
+        if minimum_version is not None:
+            bundle.require_version(minimum_version)
         device = device or ("CPU" if runtime == "auto" else RUNTIMES[runtime].device)
         artifact = _choose(bundle, precision, device) if runtime == "auto" else bundle.artifact(runtime, precision)
         if not artifact.passed:

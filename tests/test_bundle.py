@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import string
 import warnings
 from collections.abc import Callable
@@ -13,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import msa2net.runtimes.bundle as bundle_module
+from msa2net import Predictor
 from msa2net.errors import BundleError, RuntimeUnavailableError
-from msa2net.runtimes import measure
+from msa2net.runtimes import graphs, measure
 from msa2net.runtimes.bundle import (
     MANIFEST,
     RESIZE_RULES,
@@ -102,15 +106,23 @@ def parts(error: BundleError) -> tuple[str, str, str, str]:
     return error.place, error.found, error.expected, error.advice
 
 
+def content_of(path: str) -> bytes:
+    """A short text; in an ONNX file as the producer's name, in an IR as the text of its root."""
+    text = f"content of {path}".encode()
+    if path.endswith(".onnx"):
+        return graphs.message(2, text)
+    return b"<net>%s</net>" % text if path.endswith(".xml") else text
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A bundle of the format document's sample manifest; its model files are short texts."""
     folder = tmp_path / "sample.bundle"
     document = json.loads(SAMPLE)
-    files = {path: f"content of {path}".encode() for entry in document["golden"] for path in entry.values()}
+    files = {path: content_of(path) for entry in document["golden"] for path in entry.values()}
     for artifact in document["artifacts"]:
         for entry in artifact["files"]:
-            content = f"content of {entry['path']}".encode()
+            content = content_of(entry["path"])
             files[entry["path"]] = content
             entry.update(bytes=len(content), sha256=sha256(content))
     for path, content in files.items():
@@ -197,7 +209,7 @@ def test_an_opened_bundle_knows_its_files_and_digest(root: Path) -> None:
     assert opened.sums[MANIFEST] == sha256((root / MANIFEST).read_bytes())
     assert opened.digest == sha256((root / SUMS).read_bytes())
     assert opened.verify() == len(KINDS)
-    assert opened.read("onnx/model.onnx") == b"content of onnx/model.onnx"
+    assert opened.read("onnx/model.onnx") == content_of("onnx/model.onnx")
 
 
 def test_the_digest_changes_with_any_file(root: Path) -> None:
@@ -241,7 +253,7 @@ def test_names_beyond_ascii_are_read(root: Path) -> None:
     edit(root, lambda d: d["artifacts"][1]["files"][0].update(path="onnx/modèle 病変.onnx"))
     opened = Bundle(root)
     with opened.open_artifact(opened.artifact("onnxruntime", "fp32")) as (path,):
-        assert Path(path).read_bytes() == b"content of onnx/model.onnx"
+        assert Path(path).read_bytes() == content_of("onnx/model.onnx")
 
 
 def test_an_artifact_that_is_not_there_lists_those_that_are(root: Path) -> None:
@@ -758,7 +770,8 @@ def test_sums_that_differ_between_manifest_and_list_are_refused(root: Path) -> N
 
 def test_a_size_that_differs_from_the_manifest_is_refused(root: Path) -> None:
     edit(root, lambda d: d["artifacts"][1]["files"][0].update(bytes=5))
-    assert parts(refused(root))[:3] == ("onnx/model.onnx", "got 26 bytes", "expected 5")
+    size = len(content_of("onnx/model.onnx"))
+    assert parts(refused(root))[:3] == ("onnx/model.onnx", f"got {size} bytes", "expected 5")
 
 
 UNLISTED = ["../outside", "onnx/other.onnx", "", SUMS, "/etc/hostname"]
@@ -829,6 +842,29 @@ def places(value: Any, keys: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [place for key, below in inner for place in ((*keys, key), *places(below, (*keys, key)))]
 
 
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads(Path(bundle_module.__file__).with_name("manifest.schema.json").read_text(encoding="utf-8"))
+)
+
+
+def test_the_schema_is_one_and_holds_of_the_sample_and_the_demo() -> None:
+    SCHEMA.check_schema(SCHEMA.schema)
+    SCHEMA.validate(json.loads(SAMPLE))
+    SCHEMA.validate(json.loads((DEMO_BUNDLE / MANIFEST).read_bytes()))
+
+
+def test_the_schema_refuses_what_the_reader_refuses_field_by_field() -> None:
+    """Each field of the sample replaced by a value of each kind: where one refuses, so does the other."""
+    for keys in places(json.loads(SAMPLE)):
+        for value in (None, True, -1, 0.5, 2**63, "", "\x1b", "word", [], [[]], {}, {"a": 1}):
+            document = json.loads(SAMPLE)
+            at(*keys[:-1])(document)[keys[-1]] = value
+            read = parsed(json.dumps(document).encode()) is not None
+            # The lists of mean and std have as many entries as channels, which a schema cannot say.
+            if keys != ("input", "channels") and keys[:2] not in (("input", "mean"), ("input", "std")):
+                assert SCHEMA.is_valid(document) == read, (keys, value)
+
+
 @SMALL
 @given(st.sampled_from(places(json.loads(SAMPLE))), JSON_VALUES)
 def test_any_value_in_any_place_of_a_manifest_is_read_or_refused(keys: tuple[str | int, ...], value: Any) -> None:
@@ -837,6 +873,7 @@ def test_any_value_in_any_place_of_a_manifest_is_read_or_refused(keys: tuple[str
     manifest = parsed(json.dumps(document).encode())
     if manifest is None:
         return
+    SCHEMA.validate(document)  # it refuses nothing that is read
     # What was read is sound, whatever it was.
     assert manifest.input.channels in (1, 3)
     assert len(manifest.input.mean) == len(manifest.input.std) == manifest.input.channels
@@ -857,7 +894,7 @@ def test_a_file_replaced_after_it_was_hashed_is_not_what_the_runtime_reads(root:
             (tmp_path / "new").replace(root / name)
         contents = [Path(path).read_bytes() for path in paths]
     assert (root / "openvino/model.xml").read_bytes() == b"something else"
-    assert contents == [b"content of openvino/model.xml", b"content of openvino/model.bin"]
+    assert contents == [content_of("openvino/model.xml"), content_of("openvino/model.bin")]
 
 
 def test_a_file_removed_after_it_was_hashed_can_still_be_read_from_its_start(root: Path) -> None:
@@ -882,3 +919,272 @@ def test_without_proc_the_files_own_paths_are_given(root: Path, monkeypatch: pyt
     monkeypatch.setattr(bundle_module.os.path, "exists", lambda path: not str(path).startswith("/proc/"))
     with opened.open_artifact(opened.artifact("openvino", "fp32")) as paths:
         assert paths == (str(root / "openvino/model.xml"), str(root / "openvino/model.bin"))
+
+
+# What a model file may not hold -------------------------------------------------------------------------------------
+
+
+def onnx_model(*nodes: bytes, graph: bytes = b"", rest: bytes = b"") -> bytes:
+    """An ONNX file by hand: messages of nodes, other fields of the graph, other fields of the model."""
+    m = graphs.message
+    return m(8, m(1, b"")) + m(7, b"".join(m(1, node) for node in nodes) + graph) + rest
+
+
+def onnx_node(domain: bytes = b"", attribute: bytes = b"") -> bytes:
+    m = graphs.message
+    return m(4, b"Relu") + m(7, domain) + (m(5, attribute) if attribute else b"")
+
+
+def outside() -> bytes:
+    """A tensor with its weights in another file."""
+    m = graphs.message
+    return m(8, b"w") + m(13, m(1, b"location") + m(2, b"../../etc/passwd"))
+
+
+DO_NOT_USE = "Do not use this bundle: export the model again."
+m = graphs.message
+STANDARD, INSIDE = "expected standard ones", "expected them inside"
+HOSTILE = {
+    "external data": (onnx_model(graph=m(5, outside())), "has weights outside its file", INSIDE),
+    "external by location alone": (
+        onnx_model(graph=m(5, graphs.varint(14 << 3) + b"\x01")),
+        "has weights outside its file",
+        INSIDE,
+    ),
+    "external data of a sparse tensor": (
+        onnx_model(graph=m(15, m(1, outside()))),
+        "has weights outside its file",
+        INSIDE,
+    ),
+    "external data in an attribute": (
+        onnx_model(onnx_node(attribute=m(5, outside()))),
+        "has weights outside its file",
+        INSIDE,
+    ),
+    "external data in a graph of an attribute": (
+        onnx_model(onnx_node(attribute=m(6, m(5, outside())))),
+        "has weights outside its file",
+        INSIDE,
+    ),
+    "external data in one of many graphs": (
+        onnx_model(onnx_node(attribute=m(11, b"") + m(11, m(5, outside())))),
+        "has weights outside its file",
+        INSIDE,
+    ),
+    "a domain of a node": (
+        onnx_model(onnx_node(b"com.evil")),
+        "has operators of the domain 'com.evil'",
+        STANDARD,
+    ),
+    "a domain of Microsoft": (
+        onnx_model(onnx_node(b"com.microsoft")),
+        "has operators of the domain 'com.microsoft'",
+        STANDARD,
+    ),
+    "a domain that is imported": (
+        onnx_model(rest=m(8, m(1, b"ai.onnx.ml"))),
+        "has operators of the domain 'ai.onnx.ml'",
+        STANDARD,
+    ),
+    "a domain with control characters": (
+        onnx_model(onnx_node(b"a\x1b[2J\n")),
+        r"has operators of the domain 'a\x1b[2J\n'",
+        STANDARD,
+    ),
+    "a domain in a nested graph": (
+        onnx_model(onnx_node(attribute=m(6, m(1, onnx_node(b"com.evil"))))),
+        "has operators of the domain 'com.evil'",
+        STANDARD,
+    ),
+    "a function": (onnx_model(rest=m(25, b"")), "defines functions", "expected standard operators alone"),
+    "a truncated file": (onnx_model(onnx_node())[:-1], "is not an ONNX model", "expected one"),
+    "a length beyond the file": (b"\x3a\xff\xff\xff\xff\x0f", "is not an ONNX model", "expected one"),
+    "a varint without end": (b"\xff" * 20, "is not an ONNX model", "expected one"),
+    "a group": (b"\x0b\x0c", "is not an ONNX model", "expected one"),
+    "text": (b"not a model", "is not an ONNX model", "expected one"),
+    "another format": (b"PK\x03\x04" + bytes(60), "is not an ONNX model", "expected one"),
+}
+PLAIN = "expected a plain IR"
+HOSTILE_IR = {
+    "an entity": (
+        b'<!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]><net>&x;</net>',
+        "declares a document type or an entity",
+        PLAIN,
+    ),
+    "a document type elsewhere": (
+        b'<!DOCTYPE net SYSTEM "x.dtd"><net/>',
+        "declares a document type or an entity",
+        PLAIN,
+    ),
+    "entities in each other": (
+        b'<!DOCTYPE net [<!ENTITY a "aa"><!ENTITY b "&a;&a;">]><net>&b;</net>',
+        "declares a document type or an entity",
+        PLAIN,
+    ),
+    "a style sheet": (b'<?xml-stylesheet href="x"?><net/>', "declares a document type or an entity", PLAIN),
+    "an extension's layer": (
+        b'<net><layer version="extension"/></net>',
+        "has a layer of 'extension'",
+        "expected OpenVINO's own operators",
+    ),
+    "a layer of no version": (b"<net><layer/></net>", "has a layer of ''", "expected OpenVINO's own operators"),
+    "a layer of control characters": (
+        b'<net><layer version="opset1&#x7f;"/></net>',
+        r"has a layer of 'opset1\x7f'",
+        "expected OpenVINO's own operators",
+    ),
+    "another file": (
+        b'<net><layer version="opset1"><data path="/etc/passwd"/></layer></net>',
+        "asks for another file",
+        "expected its weights in its .bin",
+    ),
+    "half a file": (b"<net>", "is no XML (no element found: line 1, column 5)", "expected an IR"),
+    "text": (b"net", "is no XML (syntax error: line 1, column 0)", "expected an IR"),
+    "an unknown entity": (b"<net>&x;</net>", "is no XML (undefined entity: line 1, column 5)", "expected an IR"),
+}
+
+
+def replaced(root: Path, path: str, content: bytes) -> None:
+    """The bundle with this file instead, every sum and size right."""
+    (root / path).write_bytes(content)
+
+    def change(document: dict[str, Any]) -> None:
+        for artifact in document["artifacts"]:
+            for file in artifact["files"]:
+                if file["path"] == path:
+                    file.update(bytes=len(content), sha256=sha256(content))
+
+    edit(root, change)
+
+
+@pytest.mark.parametrize(
+    ("path", "runtime", "case"),
+    [
+        *(("onnx/model.onnx", "onnxruntime", case) for case in HOSTILE),
+        *(("openvino/model.xml", "openvino", case) for case in HOSTILE_IR),
+    ],
+)
+def test_a_graph_that_is_no_plain_graph_is_refused_before_a_runtime_sees_it(
+    root: Path, path: str, runtime: str, case: str
+) -> None:
+    content, found, expected = (HOSTILE if path.endswith(".onnx") else HOSTILE_IR)[case]
+    replaced(root, path, content)
+    opened = Bundle(root)
+    with pytest.raises(BundleError) as caught, opened.open_artifact(opened.artifact(runtime, "fp32")):
+        pytest.fail("it was given out")
+    assert parts(one_line(caught.value)) == (path, found, expected, DO_NOT_USE)
+    with pytest.raises(BundleError) as caught:
+        Predictor.load(root, runtime=runtime, cache=False)
+    assert parts(caught.value) == (path, found, expected, DO_NOT_USE)
+
+
+def test_graphs_deep_in_each_other_are_refused() -> None:
+    graph = m(1, onnx_node())
+    for _ in range(40):
+        graph = m(1, onnx_node(attribute=m(6, graph)))
+    with pytest.raises(BundleError, match="has graphs deep in each other, expected at most 16"):
+        graphs.check("a.onnx", m(7, graph))
+
+
+def test_a_plain_graph_passes() -> None:
+    plain = onnx_model(onnx_node(b"ai.onnx", m(5, m(9, b"1234"))), graph=m(5, m(9, bytes(5000))))
+    graphs.check("a.onnx", plain)
+    graphs.check("a.xml", b'<net><layer version="opset13"><data offset="0" size="4"/></layer></net>')
+    for runtime in ("onnxruntime", "openvino"):
+        demo = Bundle(DEMO_BUNDLE)
+        with demo.open_artifact(demo.artifact(runtime, "fp32")) as paths:
+            assert paths
+
+
+@given(content=st.binary(max_size=200), name=st.sampled_from(["a.onnx", "a.xml"]))
+def test_any_bytes_as_a_graph_pass_or_are_refused(content: bytes, name: str) -> None:
+    with contextlib.suppress(BundleError):
+        graphs.check(name, content)
+
+
+# Names, sizes and depth ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("C:/windows/model.onnx", "expected a file inside the bundle, listed once"),
+        ("onnx/model.onnx:stream", "expected a file inside the bundle, listed once"),
+        ("ONNX/model.onnx", "expected more than case to tell it from 'onnx/model.onnx'"),
+        ("Manifest.JSON", "expected more than case to tell it from 'manifest.json'"),
+        ("sha256sums", "expected more than case to tell it from 'SHA256SUMS'"),
+        ("mode\u0300le.onnx", "expected its characters composed (NFC)"),
+    ],
+)
+def test_a_name_that_means_another_file_elsewhere_is_refused(root: Path, path: str, expected: str) -> None:
+    content = (root / SUMS).read_bytes()
+    (root / SUMS).write_bytes(content + f"{HEX}  {path}\n".encode())
+    assert parts(refused(root)) == (f"{SUMS} line {len(KINDS) + 1}", f"got the path {path!r}", expected, DO_NOT_USE)
+
+
+def test_a_hard_link_is_refused_by_name(root: Path, tmp_path: Path) -> None:
+    os.link(root / "onnx/model.onnx", tmp_path / "other")
+    assert parts(refused(root)) == ("onnx/model.onnx", "is a hard link", "expected a file without another name", COPY)
+
+
+def test_an_installed_bundle_may_be_linked(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As installers do to save space."""
+    os.link(root / "onnx/model.onnx", tmp_path / "other")
+    monkeypatch.setattr("msa2net.runtimes.bundle._PACKAGE", tmp_path.resolve())
+    assert Bundle(root).verify() == len(KINDS)
+
+
+def test_a_folder_that_is_a_link_is_refused(root: Path, tmp_path: Path) -> None:
+    shutil.move(root / "onnx", tmp_path / "elsewhere")
+    (root / "onnx").symlink_to(tmp_path / "elsewhere")
+    assert parts(refused(root)) == ("onnx", "is a link or a device", "expected only regular files", COPY)
+
+
+def test_sums_and_manifests_beyond_a_megabyte_are_refused_unread(root: Path) -> None:
+    content = (root / MANIFEST).read_bytes()
+    set_manifest(root, content + b" " * (1 << 20))
+    assert refused(root).found == f"got {len(content) + (1 << 20)} bytes"
+    (root / SUMS).write_bytes(f"{HEX}  a\n".encode() * 20_000)
+    assert parts(refused(root)) == (SUMS, "got over 1048576 bytes", "expected fewer", COPY)
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("depth", [31, 32, 5000])
+def test_a_manifest_deeper_than_32_is_refused_before_it_is_parsed(
+    root: Path, opening: str, closing: str, depth: int
+) -> None:
+    document = (root / MANIFEST).read_text(encoding="utf-8")
+    inner = opening * depth + "1" + closing * depth
+    set_manifest(root, document.replace('"parity": {', f'"extra": ["}}]", {inner}], "parity": {{', 1).encode())
+    if depth < 28:  # the field lies in four of them
+        Bundle(root)
+    else:
+        assert refused(root).found == "not JSON (objects and lists lie deeper than 32 in each other)"
+
+
+def test_brackets_in_strings_are_no_depth(root: Path) -> None:
+    edit(root, lambda d: d["model"].update(name='[[[["{{\\' * 40))
+    assert Bundle(root).manifest.model_name.startswith("[[[[")
+
+
+@pytest.mark.parametrize(
+    ("held", "least", "found", "expected"),
+    [
+        ("2.1", "2.1", "", ""),
+        ("2.1", "2.0.9", "", ""),
+        ("2.1", "2.1.0", "", ""),
+        ("2.10", "2.9", "", ""),
+        ("2.1", "2.1.1", "holds version 2.1 of its model", "expected at least 2.1.1"),
+        ("2.1", "10", "holds version 2.1 of its model", "expected at least 10"),
+        ("2.1", "new", "got 'new'", "expected numbers with dots, as in '2.1'"),
+        ("beta", "1", "got 'beta'", "expected numbers with dots, as in '2.1'"),
+    ],
+)
+def test_an_older_model_than_asked_for_is_refused(root: Path, held: str, least: str, found: str, expected: str) -> None:
+    edit(root, lambda d: d["model"].update(version=held))
+    if not found:
+        Bundle(root).require_version(least)
+        return
+    with pytest.raises(BundleError) as caught:
+        Predictor.load(root, minimum_version=least)
+    assert (caught.value.found, caught.value.expected) == (found, expected)

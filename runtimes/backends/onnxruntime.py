@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,7 @@ from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import INT8, Facts, gpu_index, is_cuda, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
+from msa2net.runtimes.graphs import fields, message, varint
 
 PROVIDER = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
@@ -262,7 +263,7 @@ def without_weights(model: mmap.mmap, weights: Path) -> bytes:
 
         def moved(start: int, end: int) -> bytes:
             tensor = bytearray()
-            for field, at, value, stop in _fields(model, start, end):
+            for field, at, value, stop in fields(model, start, end):
                 if field in (_EXTERNAL_DATA, _DATA_LOCATION):
                     raise ValueError("the model has weights outside its file")
                 if field != _RAW_DATA or stop - value < _LEAST:
@@ -272,55 +273,19 @@ def without_weights(model: mmap.mmap, weights: Path) -> bytes:
                 with memoryview(model) as view, view[value:stop] as data:
                     out.write(data)
                 for key, text in (("location", weights.name), ("offset", str(place)), ("length", str(stop - value))):
-                    pair = _message(1, key.encode()) + _message(2, text.encode())
-                    tensor += _message(_EXTERNAL_DATA, pair)
-                tensor += _varint(_DATA_LOCATION << 3) + b"\x01"
+                    pair = message(1, key.encode()) + message(2, text.encode())
+                    tensor += message(_EXTERNAL_DATA, pair)
+                tensor += varint(_DATA_LOCATION << 3) + b"\x01"
             return bytes(tensor)
 
         parts = []
-        for field, at, value, stop in _fields(model, 0, len(model)):
+        for field, at, value, stop in fields(model, 0, len(model)):
             if field != _GRAPH:
                 parts.append(model[at:stop])
                 continue
             graph = b"".join(
-                _message(_INITIALIZER, moved(inner, last)) if number == _INITIALIZER else model[first:last]
-                for number, first, inner, last in _fields(model, value, stop)
+                message(_INITIALIZER, moved(inner, last)) if number == _INITIALIZER else model[first:last]
+                for number, first, inner, last in fields(model, value, stop)
             )
-            parts.append(_message(_GRAPH, graph))
+            parts.append(message(_GRAPH, graph))
     return b"".join(parts)
-
-
-def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Of each field of a protobuf message: its number, its start, the start of its value, its end."""
-    while position < end:
-        start = position
-        tag, value = _read_varint(data, position)
-        kind = tag & 7
-        if kind == 2:
-            length, value = _read_varint(data, value)
-            position = value + length
-        elif kind == 0:
-            position = _read_varint(data, value)[1]
-        else:
-            position = value + (8 if kind == 1 else 4)
-        if kind not in (0, 1, 2, 5) or position > end:
-            raise ValueError("not an ONNX model")
-        yield tag >> 3, start, value, position
-
-
-def _read_varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while shift < 64 and position < len(data):
-        byte = data[position]
-        value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
-        if byte < 128:
-            return value, position
-    raise ValueError("not an ONNX model")
-
-
-def _varint(value: int) -> bytes:
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
