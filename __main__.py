@@ -1,4 +1,4 @@
-"""The command line, `msa2net export | predict | verify | info | build-engine`. An error of ours is one line, code 2."""
+"""The command line, `msa2net export | predict | verify | info | sign | …`. An error of ours is one line, code 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from msa2net.errors import FrameError, Msa2NetError
-from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation
+from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation, signature
 from msa2net.runtimes.backends import RUNTIMES, candidates
 from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, TARGETS, Bundle
 from msa2net.runtimes.cache import VARIABLE, default_folder
@@ -35,6 +35,10 @@ def _runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", help=f"{', '.join(PRECISIONS)} (default: fp32)")
     parser.add_argument("--device", help="CPU, cuda, cuda:N, …; default: cuda with TensorRT, else CPU")
     parser.add_argument("--threads", type=int, help="default: the cores that the process may use")
+    parser.add_argument("--minimum-version", metavar="V", help="of the model; an older bundle is refused")
+    parser.add_argument(
+        "--require-signature", type=Path, metavar="KEY", help="a public key in PEM, or a folder of them"
+    )
 
 
 def _load(arguments: argparse.Namespace, path: Path | None) -> Predictor:
@@ -44,6 +48,8 @@ def _load(arguments: argparse.Namespace, path: Path | None) -> Predictor:
         precision=arguments.precision,
         device=arguments.device,
         threads=arguments.threads,
+        minimum_version=arguments.minimum_version,
+        require_signature=arguments.require_signature,
     )
 
 
@@ -171,6 +177,12 @@ def verify(arguments: argparse.Namespace) -> int:
     path = arguments.bundle or DEMO_BUNDLE
     bundle = Bundle(path)
     print(f"{bundle.verify()} files match their sums; bundle digest {bundle.digest}")
+    if arguments.key:
+        print(f"signed by the key {signature.verify(bundle, arguments.key)}")
+    elif signature.path_of(path).exists():
+        print("signed; not verified without --key")
+    else:
+        print("unsigned")
     failed = ran = 0
     for entry in Predictor.available(path):
         name = f"{entry.runtime:<12} {entry.precision:<13}"
@@ -190,6 +202,12 @@ def verify(arguments: argparse.Namespace) -> int:
     if failed or not ran:
         reason = f"{failed} artifacts fail their golden frames" if failed else "no artifact of it can run here"
         raise Msa2NetError(str(path), reason, "expected all to pass", "Do not use it on this device.")
+    return 0
+
+
+def sign(arguments: argparse.Namespace) -> int:
+    made = signature.sign(arguments.bundle, arguments.key, arguments.output)
+    print(f"{made}: of the bundle {Bundle(arguments.bundle).digest}")
     return 0
 
 
@@ -270,7 +288,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("verify", help="check every file of a bundle and run its golden frames here")
     command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
+    command.add_argument("--key", type=Path, help="a public key in PEM, or a folder of them, that must have signed it")
     command.set_defaults(run=verify)
+
+    command = commands.add_parser("sign", help="sign a bundle, in the OpenSSF model-signing format")
+    command.add_argument("bundle", type=Path)
+    command.add_argument(
+        "--key", type=Path, required=True, help="a private key in PEM: Ed25519, or ECDSA on a NIST curve"
+    )
+    command.add_argument("--output", type=Path, help="default: BUNDLE.sig beside the bundle")
+    command.set_defaults(run=sign)
 
     command = commands.add_parser("build-engine", help="compile for this GPU now, and keep it for every start")
     command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")

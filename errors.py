@@ -35,6 +35,10 @@ class BundleError(Msa2NetError):
     """A bundle that is damaged, changed, incomplete or of an unknown schema."""
 
 
+class SignatureError(BundleError):
+    """A bundle without the signature that is asked for: missing, of other files, or by another or a revoked key."""
+
+
 class RuntimeUnavailableError(Msa2NetError):
     """A runtime, device, precision or number of threads that cannot run here, or a predictor that no longer can."""
 

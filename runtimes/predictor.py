@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
-from msa2net.runtimes import images, measure, postprocess, preprocess
+from msa2net.runtimes import images, measure, postprocess, preprocess, signature
 from msa2net.runtimes.backends import (
     INT8,
     RUNTIMES,
@@ -66,8 +66,9 @@ class Execution:
 
     runtime_asked is "auto" if it was left open; threads is 0 where the device has no such setting; accuracy is the
     verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md); cached is
-    whether the compiled model came from the cache; layers is how many layers run in each precision, such as
-    {"bf16": 617, "f32": 24}, empty if the runtime does not say.
+    whether the compiled model came from the cache; signature is "unsigned", "not verified" if there is one and no key
+    was given, or the fingerprint of the key that has signed the bundle; layers is how many layers run in each
+    precision, such as {"bf16": 617, "f32": 24}, empty if the runtime does not say.
     """
 
     runtime: str
@@ -84,6 +85,7 @@ class Execution:
     model: str
     model_version: str
     bundle_digest: str
+    signature: str
     layers: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
@@ -184,6 +186,7 @@ class Predictor:
         threads: int | None = None,
         cache: str | Path | Literal[False] | None = None,
         minimum_version: str | None = None,
+        require_signature: str | Path | None = None,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
@@ -200,10 +203,13 @@ class Predictor:
         cache       where what the runtime compiles is kept for the next start: a folder, made if need be; None or
                     "auto" for $MSA2NET_CACHE, else msa2net in $XDG_CACHE_HOME or ~/.cache; False for nowhere. Where
                     it cannot be used there is a CacheWarning that says why.
-        minimum_version   of the model, such as "2.1": an older bundle is refused
+        minimum_version     of the model, such as "2.1": an older bundle is refused
+        require_signature   a public key in PEM, or a folder of such: a bundle that none of them has signed is refused,
+                    see `runtimes.signature`
 
-        Raises BundleError (damaged, changed, unknown schema) and RuntimeUnavailableError (unknown, not installed,
-        no such precision or device, or a model that the runtime cannot load).
+        Raises BundleError (damaged, changed, unknown schema; as SignatureError, without the signature that is asked
+        for) and RuntimeUnavailableError (unknown, not installed, no such precision or device, or a model that the
+        runtime cannot load).
         """
         if threads is not None and (type(threads) is not int or threads < 1):
             raise RuntimeUnavailableError(
@@ -228,6 +234,9 @@ class Predictor:
         bundle = Bundle(DEMO_BUNDLE if path is None else path)
         if minimum_version is not None:
             bundle.require_version(minimum_version)
+        signed = "not verified" if signature.path_of(bundle.path).exists() else "unsigned"
+        if require_signature is not None:
+            signed = signature.verify(bundle, require_signature)
         device = device or ("CPU" if runtime == "auto" else RUNTIMES[runtime].device)
         artifact = _choose(bundle, precision, device) if runtime == "auto" else bundle.artifact(runtime, precision)
         if not artifact.passed:
@@ -259,7 +268,7 @@ class Predictor:
             finally:
                 checked.result()  # whatever came of it, a changed file is what there is to say
             cached = slot is not None and slot.hit
-            execution = _execution(bundle, artifact, backend, runtime, precision, device, cached)
+            execution = _execution(bundle, artifact, backend, runtime, precision, device, cached, signed)
             predictor = cls(bundle, artifact, backend, execution)
             if backend.facts.built:
                 predictor._prove()
@@ -411,7 +420,14 @@ class Predictor:
 
 
 def _execution(
-    bundle: Bundle, artifact: Artifact, backend: Backend, runtime: str, precision: str, device: str, cached: bool
+    bundle: Bundle,
+    artifact: Artifact,
+    backend: Backend,
+    runtime: str,
+    precision: str,
+    device: str,
+    cached: bool,
+    signed: str,
 ) -> Execution:
     facts = backend.facts
     return Execution(
@@ -429,6 +445,7 @@ def _execution(
         model=bundle.manifest.model_name,
         model_version=bundle.manifest.model_version,
         bundle_digest=bundle.digest,
+        signature=signed,
         layers=facts.layers,
     )
 
