@@ -199,18 +199,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=7, help="then no other is begun (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     args = parser.parse_args(argv)
-
-    def save(result: dict[str, Any]) -> None:
-        if args.json:
-            machine.write_json(args.json, result)
-
     try:
         machine.require_folder(args.json)
         if missing := why_no_gpu():
             raise Msa2NetError("benchmarks.gpu", missing, "expected one, and a GPU", "Run it on the device.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is the demo model
-            result = measure(args.bundle, rounds=args.rounds, minutes=args.minutes, save=save)
+            result = measure(
+                args.bundle, rounds=args.rounds, minutes=args.minutes, save=partial(machine.write_json, args.json)
+            )
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

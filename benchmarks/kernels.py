@@ -415,17 +415,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=7, help="then what is left is left out (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     args = parser.parse_args(argv)
-
-    def save(result: dict[str, Any]) -> None:
-        if args.json:
-            machine.write_json(args.json, result)
-
     try:
         machine.require_folder(args.json)
         if args.device != "cuda" or not torch.cuda.is_available():
             found = "no GPU" if args.device == "cuda" else repr(args.device)
             raise Msa2NetError("--device", f"got {found}", "expected 'cuda', with a GPU and a CUDA build of PyTorch")
-        result = measure(args.device, rounds=args.rounds, minutes=args.minutes, save=save)
+        result = measure(
+            args.device, rounds=args.rounds, minutes=args.minutes, save=partial(machine.write_json, args.json)
+        )
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ each runtime. Start-up time and memory come from processes of each runtime's own
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -368,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    machine.write_json(arguments.json, result)
     return 0
 
 

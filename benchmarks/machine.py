@@ -42,8 +42,10 @@ def require_folder(file: Path | None) -> None:
         raise Msa2NetError("--json", "its folder does not exist", "expected one that does", "Create it.")
 
 
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    """Writes a result; what the file held before stays whole until it is there."""
+def write_json(file: Path | None, result: dict[str, Any]) -> None:
+    """Writes a result, if a file is named; what that held before stays whole until it is there."""
+    if file is None:
+        return
     beside = file.with_name(f".{file.name}.partial")
     beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     beside.replace(file)

@@ -164,8 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    machine.write_json(arguments.json, result)
     if arguments.write:
         chosen = json.loads(CHOSEN.read_text("utf-8"))
         chosen |= {runtime: found["chosen"] for runtime, found in result["runtimes"].items()}

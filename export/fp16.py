@@ -189,16 +189,16 @@ def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
             wanted = next((types[name] for name in floats if name in types), HALF)
         else:
             wanted = FLOAT if node.name in kept else HALF
-        renamed = [in_type(name, wanted, node) if name in floats else name for name in node.input]
+        inputs = [in_type(name, wanted, node) if name in floats else name for name in node.input]
         tensors.update((name, constants[name]) for name in node.input if name in constants and name not in floats)
         written = [f"{name}/fp16" if name in outputs and wanted == HALF else name for name in node.output]
         types.update((name, wanted) for name, old in zip(written, node.output, strict=True) if shapes[old][0] == FLOAT)
-        nodes.append(_renamed(node, renamed, written))
+        nodes.append(renamed(node, inputs, written))
         for name, old in zip(written, node.output, strict=True):
             if name != old:
                 types[old] = FLOAT
                 nodes.append(helper.make_node("Cast", [name], [old], f"{old}/fp32", to=FLOAT))
-    return _with(model, nodes, tensors.values())
+    return with_nodes(model, nodes, tensors.values())
 
 
 def emulated(model: ModelProto) -> ModelProto:
@@ -207,13 +207,13 @@ def emulated(model: ModelProto) -> ModelProto:
     nodes = []
     for node in model.graph.node:
         rounded = [] if node.op_type in _MOVES else [name for name in node.output if shapes[name][0] == HALF]
-        nodes.append(_renamed(node, node.input, [f"{name} exact" if name in rounded else name for name in node.output]))
+        nodes.append(renamed(node, node.input, [f"{name} exact" if name in rounded else name for name in node.output]))
         if node.op_type == "Cast":  # what it reads is a float already, and what it writes is rounded like any other
             nodes[-1] = helper.make_node("Identity", nodes[-1].input, nodes[-1].output, node.name)
         for name in rounded:
             nodes.append(helper.make_node("Cast", [f"{name} exact"], [f"{name} in 16"], to=HALF))
             nodes.append(helper.make_node("Cast", [f"{name} in 16"], [name], to=FLOAT))
-    return _with(model, nodes, map(_widened, model.graph.initializer))
+    return with_nodes(model, nodes, map(_widened, model.graph.initializer))
 
 
 def _widened(tensor: TensorProto) -> TensorProto:
@@ -222,7 +222,7 @@ def _widened(tensor: TensorProto) -> TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
 
 
-def _renamed(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> NodeProto:
+def renamed(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> NodeProto:
     """A copy of the node that reads and writes other tensors."""
     copy = NodeProto(op_type=node.op_type, name=node.name, attribute=node.attribute)
     copy.input.extend(inputs)
@@ -230,7 +230,7 @@ def _renamed(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> 
     return copy
 
 
-def _with(model: ModelProto, nodes: Iterable[NodeProto], tensors: Iterable[TensorProto]) -> ModelProto:
+def with_nodes(model: ModelProto, nodes: Iterable[NodeProto], tensors: Iterable[TensorProto]) -> ModelProto:
     """The model's frame around other nodes and constants."""
     graph = helper.make_graph(list(nodes), model.graph.name, model.graph.input, model.graph.output, list(tensors))
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -81,8 +81,6 @@ def with_qdq(model: onnx.ModelProto, chosen: Collection[str], largest: dict[str,
         return output
 
     for node in model.graph.node:
-        copy = NodeProto()
-        copy.CopyFrom(node)
         if node.name in chosen:
             path = node.name.rpartition("/")[0]
             data, weight = node.input[:2]
@@ -96,17 +94,10 @@ def with_qdq(model: onnx.ModelProto, chosen: Collection[str], largest: dict[str,
                 shape = [-1 if i == axis else 1 for i in range(values.ndim)]
                 rounded = np.rint(values / scale.reshape(shape)).clip(-127, 127).astype(np.int8)
                 made[weight] = dequantize(weight, add(f"{weight}/int8", rounded), scale, axis, path)
-            copy.input[0], copy.input[1] = made[data], made[weight]
-        nodes.append(copy)
+            node = fp16.renamed(node, [made[data], made[weight], *node.input[2:]], node.output)
+        nodes.append(node)
     used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        nodes,
-        model.graph.name,
-        model.graph.input,
-        model.graph.output,
-        [tensor for name, tensor in constants.items() if name in used],
-    )
-    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return fp16.with_nodes(model, nodes, [tensor for name, tensor in constants.items() if name in used])
 
 
 def _scale(largest: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -401,14 +401,9 @@ def _speed(node: _Node) -> Speed:
     )
 
 
-def _padded(version: str) -> list[int]:
-    """The four numbers of a version: 2 is 2.0.0.0."""
-    return [*version_numbers(version), 0, 0, 0][:4]
-
-
 def version_numbers(version: str) -> list[int]:
-    """Of "10.3.0.post1" [10, 3, 0]: versions in their order."""
-    return [int(part) for part in re.findall(r"(?<![a-z])\d+", version)[:4]]
+    """The first four of a version, [10, 3, 0, 0] of "10.3" as of "10.3.0.post1": they compare as versions do."""
+    return [*(int(part) for part in re.findall(r"(?<![a-z])\d+", version)), 0, 0, 0, 0][:4]
 
 
 def parse_recipe(value: dict[str, Any]) -> Recipe:
@@ -672,7 +667,7 @@ class Bundle:
         for what, version in (("minimum_version", least), (f"{MANIFEST} $.model.version", found)):
             if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){0,3}", version):
                 raise BundleError(what, f"got {version!r}", "expected numbers with dots, as in '2.1'", "Check it.")
-        if _padded(found) < _padded(least):
+        if version_numbers(found) < version_numbers(least):
             raise BundleError(
                 self.path, f"holds version {found} of its model", f"expected at least {least}", "Use a newer bundle."
             )

@@ -30,6 +30,7 @@ log = logging.getLogger("msa2net")
 T = TypeVar("T")
 VARIABLE = "MSA2NET_CACHE"
 ENTRY = "entry.json"
+VERDICT = "verdict.json"  # of the golden frames, beside what a backend has built
 FORMAT = 1  # of an entry, and of what the backends write into one: a change of either is a new number
 MOST_ENTRIES, MOST_BYTES = 32, 4 << 30
 _BLOCK = 1 << 25  # what one digest covers; several are computed at once

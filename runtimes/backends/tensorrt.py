@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, log
 from msa2net.runtimes.bundle import Manifest, Recipe, version_numbers
-from msa2net.runtimes.cache import Entry, Slot
+from msa2net.runtimes.cache import VERDICT, Entry, Slot
 
-_ENGINE, _COMPILED, _TIMINGS, _VERDICT = "engine", "compiled", "timings", "verdict.json"
+_ENGINE, _COMPILED, _TIMINGS = "engine", "compiled", "timings"
 Progress = Callable[[str, int, int], None]
 
 
@@ -202,7 +202,7 @@ class TensorRtBackend:
 
     def keep(self, verdict: dict[str, Any]) -> None:
         """Puts what was built into the cache, with the verdict of the golden frames on it."""
-        files, self._kept = self._kept | {_VERDICT: json.dumps(verdict).encode()}, {}
+        files, self._kept = self._kept | {VERDICT: json.dumps(verdict).encode()}, {}
         if self._slot:
             self._slot.keep(partial(_write, files))
 

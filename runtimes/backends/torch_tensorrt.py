@@ -11,19 +11,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch_tensorrt
-from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import Facts, log, nvidia_driver
-from msa2net.runtimes.backends.pytorch import Graph, network, require_ieee, target_of
+from msa2net.runtimes.backends.pytorch import Graph, PyTorchBackend, network, require_ieee, target_of
 from msa2net.runtimes.backends.tensorrt import recipe_of, require_version
 from msa2net.runtimes.bundle import Manifest
-from msa2net.runtimes.cache import Entry, Slot
+from msa2net.runtimes.cache import VERDICT, Entry, Slot
 
-_MODULE, _VERDICT = "module.pt2", "verdict.json"
+_MODULE = "module.pt2"
 # float32 is IEEE's, and all of the network is in one engine or there is an error: nothing runs in PyTorch unseen.
 SETTINGS: dict[str, Any] = {
     "disable_tf32": True,
@@ -33,8 +31,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class TorchTensorRtBackend:
-    """See `msa2net.runtimes.backends`."""
+class TorchTensorRtBackend(PyTorchBackend):
+    """See `msa2net.runtimes.backends`. It infers as PyTorch does on a GPU, by a graph."""
 
     def __init__(
         self,
@@ -90,17 +88,6 @@ class TorchTensorRtBackend:
         gpu = {"gpu": torch.cuda.get_device_name(target), "capability": capability, "driver": nvidia_driver()}
         return versions | gpu
 
-    def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = self._run(torch.from_numpy(x)).numpy()
-        return logits
-
-    def infer_without_graph(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The same without a CUDA graph: what that gains is for benchmarks to say."""
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = self._run(torch.from_numpy(x), replay=False).numpy()
-        return logits
-
     def keep(self, verdict: dict[str, Any]) -> None:
         """Puts what was compiled into the cache, with the verdict of the golden frames on it."""
         module, self._built = self._built, None
@@ -110,13 +97,14 @@ class TorchTensorRtBackend:
                 warnings.simplefilter("ignore")
                 path = str(folder / _MODULE)
                 torch_tensorrt.save(module, path, output_format="exported_program", arg_inputs=[self._image])
-            (folder / _VERDICT).write_text(json.dumps(verdict), encoding="utf-8")
+            (folder / VERDICT).write_text(json.dumps(verdict), encoding="utf-8")
 
         if self._slot:
             self._slot.keep(write)
 
     def close(self) -> None:
-        del self._run, self._image
+        super().close()
+        del self._image
 
 
 def compiled(model: Any, image: torch.Tensor, workspace: int) -> Any:
