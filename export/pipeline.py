@@ -383,17 +383,15 @@ def _write_models(
     versions: dict[str, dict[str, str]] = {}
     for runtime in runtimes:
         bar.set_postfix_str(runtime)
-        path = folder / _FILES[runtime][0]
+        path = folder / _sources(runtime, batch)[0]
         if runtime in ("pytorch", "torch-tensorrt"):  # their backends rewrite the network as they load
             path.parent.mkdir(exist_ok=True)
             save_checkpoint(path, used_state(model))
             versions[runtime] = {"torch": version("torch"), "safetensors": version("safetensors")}
-        elif runtime == "tensorrt" and batch > 1:  # what pays on it has not been measured
-            file = folder / _OF_BATCHES[0]
-            versions[runtime] = onnx_file.write(rewritten(model, chosen("onnxruntime")), channels, file, batch)
-        elif runtime in ("onnxruntime", "tensorrt"):
+        elif runtime in ("onnxruntime", "tensorrt"):  # what pays on TensorRT has not been measured
+            images = batch if runtime == "tensorrt" else 1
             if not path.exists():
-                written = onnx_file.write(rewritten(model, chosen("onnxruntime")), channels, path)
+                written = onnx_file.write(rewritten(model, chosen("onnxruntime")), channels, path, images)
             versions[runtime] = written
         elif "onnxruntime" in versions and chosen(runtime) == chosen("onnxruntime"):
             source = folder / _FILES["onnxruntime"][0]
@@ -448,19 +446,16 @@ def _artifacts(runtimes: Sequence[str], precisions: Sequence[str]) -> list[tuple
 
 
 def _lowering(
-    folder: Path, runtime: str, named: str, tensors: Tensors, tick: Callable[[str], object]
+    folder: Path, runtime: str, named: str, files: tuple[str, ...], tensors: Tensors, tick: Callable[[str], object]
 ) -> precision.Lowering:
-    target = _LOWERED[runtime].format(named)
-    files = _FILES[runtime]
-    if runtime == "tensorrt" and (folder / _OF_BATCHES[0]).exists():
-        files = _OF_BATCHES
-    elif runtime == "tensorrt" and named == "fp16":
-        target = _LOWERED["onnxruntime"].format(named)
+    """Of the fp32 model's files. What TensorRT shares with ONNX Runtime in fp32, it shares in fp16."""
+    shared = named == "fp16" and files == _FILES["onnxruntime"]
+    target = _LOWERED["onnxruntime" if shared else runtime].format(named)
     (folder / target).parent.mkdir(exist_ok=True)
     if named == "fp16":
         return fp16.Fp16(folder, files[0], target, tensors)
     if named == "bf16":
-        return openvino_ir.Bf16(folder, _FILES[runtime], target)
+        return openvino_ir.Bf16(folder, files, target)
     kind = {"onnxruntime": quantize.OnnxInt8, "openvino": quantize.OpenVinoInt8, "tensorrt": tensorrt.Int8}[runtime]
     held = calibration.HELD
     if (folder / _TUNED).is_dir():
@@ -488,7 +483,8 @@ def _lower(
     def tick(place: str) -> None:
         bar.set_postfix_str(f"{runtime} {named}: {place}")
 
-    lowering = _lowering(folder, runtime, named, tensors, tick)
+    files = tuple(file["path"] for file in entry["files"])
+    lowering = _lowering(folder, runtime, named, files, tensors, tick)
     int8 = named in INT8
     forced = precision.named(lowering.places, keep) if int8 else ()
     if lowering.places and len(forced) == len(lowering.places):
@@ -616,18 +612,22 @@ def _withhold(document: dict[str, Any]) -> None:
         )
 
 
+def _sources(runtime: str, batch: int) -> tuple[str, ...]:
+    """The fp32 model's files for a runtime, by which TensorRT takes so many images."""
+    return _OF_BATCHES if runtime == "tensorrt" and batch > 1 else _FILES[runtime]
+
+
 def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
     with (folder / relative).open("rb") as file:
         return {"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)}
 
 
 def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str], recipe: dict[str, Any]) -> dict[str, Any]:
-    files = _OF_BATCHES if runtime == "tensorrt" and recipe["batch"] > 1 else _FILES[runtime]
     of_gpu = {"recipe": {"version": _VERSIONS[runtime]} | recipe} if runtime in _VERSIONS else {}
     return of_gpu | {
         "runtime": runtime,
         "precision": named,
-        "files": [_file_entry(folder, relative) for relative in files],
+        "files": [_file_entry(folder, relative) for relative in _sources(runtime, recipe["batch"])],
         "versions": versions,
         "tolerance": {"logit": 0.0, "pixels": 1.0},
         "parity": {"verdict": "unjudged", "reasons": []},  # until it is judged

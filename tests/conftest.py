@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundles import set_manifest
 
-from msa2net.runtimes.bundle import MANIFEST, SUMS
+from msa2net.runtimes.bundle import MANIFEST
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 # Read when triton is first imported: kernels run on the CPU, in its interpreter. On a GPU it is set to 0.
@@ -69,11 +70,7 @@ def judged(bundle: Path) -> Callable[..., Path]:
         for artifact in document["artifacts"]:
             if artifact["runtime"] in runtimes:
                 artifact["parity"].update(verdict=verdict, reasons=reasons)
-        content = json.dumps(document).encode()
-        (bundle / MANIFEST).write_bytes(content)
-        lines = (bundle / SUMS).read_text(encoding="utf-8").splitlines(keepends=True)
-        new = f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n"
-        (bundle / SUMS).write_text("".join(new if line[66:-1] == MANIFEST else line for line in lines), "utf-8")
+        set_manifest(bundle, json.dumps(document).encode())
         return bundle
 
     return change

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from bundles import set_manifest, sha256, sum_again
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,21 +58,6 @@ ARTIFACTS = (
     ("openvino", "openvino/model.bin"),
     ("pytorch", "torch/weights.safetensors"),
 )
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def sum_again(root: Path) -> None:
-    """Writes SHA256SUMS anew for the files that are there."""
-    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.name != SUMS)
-    (root / SUMS).write_text("".join(f"{sha256((root / f).read_bytes())}  {f}\n" for f in files), encoding="utf-8")
-
-
-def set_manifest(root: Path, content: bytes) -> None:
-    (root / MANIFEST).write_bytes(content)
-    sum_again(root)
 
 
 def edit(root: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -687,7 +687,7 @@ def damaging(sound_onnx: tuple[dict[str, str], bytes]) -> Callable[[pytest.Monke
     def prepare(patch: pytest.MonkeyPatch, noise: float) -> Callable[..., Path]:
         versions, content = sound_onnx
 
-        def write(_model: object, _channels: int, file: Path) -> dict[str, str]:
+        def write(_model: object, _channels: int, file: Path, _batch: int) -> dict[str, str]:
             file.parent.mkdir(parents=True)
             file.write_bytes(with_noise(content, noise) if noise else content)
             return versions

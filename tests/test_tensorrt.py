@@ -28,6 +28,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from bundles import set_manifest, sha256
 
 from msa2net import Predictor
 from msa2net.__main__ import main
@@ -353,23 +354,12 @@ def faked(bundle: Path, tmp_path: Path) -> Path:
             (file,) = entry["files"]
             source = "onnx/model.onnx" if entry["precision"] == "fp32" else "onnx/model-fp16.onnx"
             (copy / file["path"]).write_bytes(fake.engine_of(copy / source))
-            file |= {"bytes": (copy / file["path"]).stat().st_size, "sha256": sha256(copy / file["path"])}
-    rewrite(copy, document)
+            file |= {
+                "bytes": (copy / file["path"]).stat().st_size,
+                "sha256": sha256((copy / file["path"]).read_bytes()),
+            }
+    set_manifest(copy, json.dumps(document).encode())
     return copy
-
-
-def sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def rewrite(root: Path, document: dict[str, Any]) -> None:
-    (root / "manifest.json").write_text(json.dumps(document))
-    files = sorted(each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file())
-    (root / "SHA256SUMS").write_text(
-        "".join(f"{sha256(root / each)}  {each}\n" for each in files if each != "SHA256SUMS")
-    )
 
 
 def load(root: Path, runtime: str = "tensorrt", cache: Any = False, **options: Any) -> Predictor:
