@@ -336,7 +336,12 @@ def _engine(
     try:
         version, engine = tensorrt.engine((folder / model["path"]).read_bytes(), source["recipe"], targets)
     except RuntimeError as error:
-        raise ExportError(f"{runtime} {named}", f"{error}", f"expected an engine for {', '.join(targets)}") from error
+        raise ExportError(
+            f"{runtime} {named}",
+            str(error),
+            f"expected an engine for {', '.join(targets)}",
+            "Leave out a target, or the precision that it cannot run.",
+        ) from error
     (folder / path).write_bytes(engine)
     about = {"runtime": runtime, "files": [_file_entry(folder, path)]}
     about["versions"] = source["versions"] | {"tensorrt_rtx": version}

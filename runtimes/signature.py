@@ -25,7 +25,8 @@ PREDICATE = "https://model_signing/signature/v1.0"
 REVOKED = "revoked"
 _MOST_BYTES = 1 << 23
 _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
-_ANEW = "Sign the bundle anew."
+_COPY = "Copy the bundle and its signature anew."
+_KEY = "Make one: openssl genpkey -algorithm ed25519."
 
 
 def path_of(bundle: Path) -> Path:
@@ -45,7 +46,9 @@ def sign(bundle: str | Path, key: str | Path, output: str | Path | None = None, 
     try:
         private = crypto.serialization.load_pem_private_key(_read(key), password)
     except (ValueError, TypeError) as error:
-        raise SignatureError(key, f"holds no private key that can be read ({error})", "expected one in PEM") from error
+        raise SignatureError(
+            key, f"holds no private key that can be read ({error})", "expected one in PEM", _KEY
+        ) from error
     public = private.public_key()
     _require_kind(key, public)
     digests = {SUMS: opened.digest, **opened.sums}
@@ -97,7 +100,7 @@ def verify(bundle: Bundle, keys: str | Path, signature: str | Path | None = None
     file = Path(signature) if signature else path_of(bundle.path)
     trusted, revoked = _keys(Path(keys))
     if not file.is_file():
-        raise SignatureError(bundle.path, "is not signed", f"expected the file {file.name} beside it", _ANEW)
+        raise SignatureError(bundle.path, "is not signed", f"expected the file {file.name} beside it", _COPY)
     payload, signed, hint = _parsed(file)
     if hint in revoked:
         raise SignatureError(
@@ -117,7 +120,7 @@ def verify(bundle: Bundle, keys: str | Path, signature: str | Path | None = None
     listed = _digests(file, payload)
     if listed != {SUMS: bundle.digest, **bundle.sums}:
         raise SignatureError(
-            file.name, "is of another bundle", f"expected one of the digest {bundle.digest[:16]}…", _ANEW
+            file.name, "is of another bundle", f"expected one of the digest {bundle.digest[:16]}…", _COPY
         )
     return hint
 
@@ -139,7 +142,7 @@ def _keys(path: Path) -> tuple[dict[str, Any], set[str]]:
             public = _crypto().serialization.load_pem_public_key(_read(file))
         except (ValueError, TypeError) as error:
             raise SignatureError(
-                file, f"holds no public key that can be read ({error})", "expected one in PEM"
+                file, f"holds no public key that can be read ({error})", "expected one in PEM", _KEY
             ) from error
         _require_kind(file, public)
         trusted[fingerprint(public)] = public
@@ -161,7 +164,7 @@ def _parsed(file: Path) -> tuple[bytes, bytes, str]:
             raise ValueError("its media types or the hint of its key")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(
-            file.name, f"is no signature of a model ({type(error).__name__}: {error})", f"expected {MEDIA}", _ANEW
+            file.name, f"is no signature of a model ({type(error).__name__}: {error})", f"expected {MEDIA}", _COPY
         ) from error
     return payload, signed, hint
 
@@ -186,7 +189,7 @@ def _digests(file: Path, payload: bytes) -> dict[str, str]:
             raise ValueError("its type, a name twice, or the digest of all")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SignatureError(
-            file.name, f"signs no model ({type(error).__name__}: {error})", f"expected {PREDICATE}", _ANEW
+            file.name, f"signs no model ({type(error).__name__}: {error})", f"expected {PREDICATE}", _COPY
         ) from error
     return found
 
@@ -216,7 +219,10 @@ def _require_kind(place: object, public: Any) -> None:
     )
     if not known:
         raise SignatureError(
-            place, f"holds a key of another kind ({type(public).__name__})", "expected Ed25519 or ECDSA on a NIST curve"
+            place,
+            f"holds a key of another kind ({type(public).__name__})",
+            "expected Ed25519 or ECDSA on a NIST curve",
+            _KEY,
         )
 
 
@@ -225,9 +231,11 @@ def _read(path: str | Path) -> bytes:
         with Path(path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
-        raise SignatureError(path, f"cannot be read ({error.strerror})", "expected a readable file") from error
+        raise SignatureError(
+            path, f"cannot be read ({error.strerror})", "expected a readable file", "Check the path."
+        ) from error
     if len(content) > _MOST_BYTES:
-        raise SignatureError(path, f"got over {_MOST_BYTES} bytes", "expected fewer")
+        raise SignatureError(path, f"got over {_MOST_BYTES} bytes", "expected fewer", "Name the right file.")
     return content
 
 
