@@ -111,6 +111,7 @@ class Entry:
             for name, file in self.files.items():
                 if (os.fstat(file.fileno()).st_size, found[name]) != listed[name]:
                     raise ValueError(f"{name} is damaged")
+            self._digests = found
             self._stack = stack.pop_all()
 
     @staticmethod
@@ -121,6 +122,15 @@ class Entry:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{name} is not a regular file")
         return file
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, held against its digests once more: these very bytes are what is loaded."""
+        content = self.files[name].read()
+        view = memoryview(content)
+        digests = [hashlib.sha256(view[at : at + _BLOCK]).hexdigest() for at in range(0, len(content), _BLOCK)]
+        if digests != self._digests[name]:
+            raise ValueError(f"{name} was changed while it was loaded")
+        return content
 
     def require_unmoved(self, name: str) -> None:
         """Raises ValueError unless the file's path still leads to the descriptor that was hashed.

@@ -38,7 +38,7 @@ def write(folder: Path) -> None:
 
 
 def read(entry: Entry) -> dict[str, bytes]:
-    return {name: file.read() for name, file in entry.files.items()}
+    return {name: entry.read(name) for name in entry.files}
 
 
 def used(folder: Path, facts: dict[str, Any] = FACTS) -> tuple[Slot, dict[str, bytes] | None]:
@@ -56,6 +56,17 @@ def filled(folder: Path) -> Path:
     """The one entry of `folder`."""
     assert used(folder)[1] == CONTENT
     return next(folder.iterdir())
+
+
+def test_what_is_read_is_what_was_checked(folder: Path, filled: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def overtaken(entry: Entry) -> bytes:
+        with (entry.path / "weights").open("r+b") as file:
+            file.write(b"\xff")
+        return entry.read("weights")
+
+    assert Slot(folder, FACTS).find(overtaken) is None
+    assert "weights was changed while it was loaded" in caplog.text
+    assert not filled.exists()
 
 
 # A model that comes from it ------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class TensorRtBackend:
         """An execution context of the engine: out of the cache, or built now."""
 
         def from_cache(entry: Entry) -> Any:
-            return self._deserialized(runtime, entry.files[_ENGINE].read())
+            return self._deserialized(runtime, entry.read(_ENGINE))
 
         engine = self._slot.find(from_cache, exclusive=True) if self._slot else None
         if engine is None:
@@ -129,7 +129,7 @@ class TensorRtBackend:
         if self._slot and not self._slot.problem:
             facts = {"timings of": self.compiled_for(f"cuda:{self._gpu.index}")}
             timings = Slot(self._slot.folder, facts)
-        known = timings.find(lambda entry: entry.files[_TIMINGS].read()) if timings else None
+        known = timings.find(lambda entry: entry.read(_TIMINGS)) if timings else None
         engine, learned = build(trt, model, self._recipe, known or b"", _shown())
         if timings and learned:
             timings.keep(partial(_write, {_TIMINGS: learned}))
@@ -247,7 +247,7 @@ class TensorRtRtxBackend(TensorRtBackend):
             config.dynamic_shapes_kernel_specialization_strategy = eager
 
         def from_cache(entry: Entry) -> bool:
-            if not self._compiled.deserialize(entry.files[_COMPILED].read()):
+            if not self._compiled.deserialize(entry.read(_COMPILED)):
                 raise ValueError("its kernels are of another GPU, driver or version")
             return True
 
