@@ -24,7 +24,7 @@ from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
-from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize, tensorrt
+from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize, sbom, tensorrt
 from msa2net.export.calibration import Tensors
 from msa2net.export.writer import check_target, new_bundle
 from msa2net.runtimes.backends import INT8, backend_class, candidates, cpu_lacks, default_threads, why_not_precision
@@ -184,9 +184,12 @@ def export_bundle(
         "compute_capabilities": [],
     }
     read = read_checkpoint(checkpoint)
+    checkpoints = {"checkpoint": _digest(read.path)}
     model = load_model(read)
     int8 = any(precision in INT8 for _, precision in wanted)
     tuned = _fine_tuned(fine_tuned, model, int8)
+    if fine_tuned is not None:
+        checkpoints["fine-tuned checkpoint"] = _digest(Path(fine_tuned))
     said = read.metadata
     resize = resize or said.get("resize", "bilinear")
     if resize not in RESIZE_RULES:
@@ -289,7 +292,7 @@ def export_bundle(
                     Path(report, f"{named.replace(' ', '-')}-places.json").write_text(text, encoding="utf-8")
             if not allow_accuracy_loss:
                 parity.require(named, entry["parity"], entry["precision"])
-            entry["parity"] = {"data": data.partition(":")[0] if data else "phantoms"} | entry["parity"]
+            entry["parity"] = {"data": _kind(data)} | entry["parity"]
             if entry["precision"] in INT8 and "recipe" not in entry:
                 _race(folder, entry, manifest, images[0], judged, bar)
         if int8 and not allow_slower:
@@ -311,6 +314,10 @@ def export_bundle(
             with suppress(OSError):  # unless it is empty
                 (folder / name).rmdir()
         (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        used = {"the accuracy check": (_kind(data), cases)}
+        if int8:
+            used["calibration"] = (_kind(calibrate), calibrated_on)
+        sbom.write(folder, document, checkpoints, used)
         bar.set_postfix_str("writing")
     return output
 
@@ -358,6 +365,15 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _kind(data: str | None) -> str:
+    return data.partition(":")[0] if data else "phantoms"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return digest_of(file)
 
 
 def _class_names(count: int) -> list[str]:
@@ -623,8 +639,8 @@ def _sources(runtime: str, batch: int) -> tuple[str, ...]:
 
 
 def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
-    with (folder / relative).open("rb") as file:
-        return {"path": relative, "bytes": (folder / relative).stat().st_size, "sha256": digest_of(file)}
+    path = folder / relative
+    return {"path": relative, "bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str], recipe: dict[str, Any]) -> dict[str, Any]:

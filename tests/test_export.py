@@ -22,6 +22,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
@@ -35,6 +37,7 @@ from msa2net.core.data import Case, Dataset, Volume
 from msa2net.core.network import is_unused
 from msa2net.errors import BundleError, CheckpointError, DataError, ExportError, RuntimeUnavailableError
 from msa2net.export import export_bundle, parity, pipeline, writer
+from msa2net.export.sbom import SBOM, SOUP
 from msa2net.export.writer import new_bundle
 from msa2net.runtimes import AccuracyLossWarning, Predictor, measure
 from msa2net.runtimes.backends import candidates
@@ -93,16 +96,28 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_the_bundle_opens_and_every_sum_holds(exported: Path) -> None:
     bundle = Bundle(exported)
-    assert bundle.verify() == 11
+    assert bundle.verify() == 13
     assert sorted(bundle.sums) == [
+        "SOUP.md",
         *(f"golden/{i}_{name}.npy" for i in range(2) for name in ("frame", "logits", "mask")),
         "manifest.json",
         "onnx/model.onnx",
         "openvino/model.bin",
         "openvino/model.xml",
+        "sbom.cdx.json",
         "torch/weights.safetensors",
     ]
     assert not list(exported.parent.glob(".msa2net*"))
+
+
+def test_its_bill_of_materials_is_valid_and_lists_its_files(exported: Path, checkpoint: Path) -> None:
+    text = (exported / SBOM).read_text(encoding="utf-8")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bill, sums = json.loads(text), Bundle(exported).sums
+    files = {each["name"]: each["hashes"][0]["content"] for each in bill["components"] if each["type"] == "file"}
+    assert files == {name: digest for name, digest in sums.items() if name not in (SBOM, SOUP)}
+    (ancestor,) = bill["metadata"]["component"]["pedigree"]["ancestors"]
+    assert ancestor["hashes"][0]["content"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 def test_its_sums_are_in_the_format_of_sha256sum(exported: Path) -> None:
@@ -779,7 +794,7 @@ def lossy(damaging: Damaging, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def test_a_loss_that_was_allowed_is_written_into_the_manifest(lossy: Path) -> None:
     bundle = Bundle(lossy)
-    assert bundle.verify() == 9
+    assert bundle.verify() == 11
     failed, passed = bundle.manifest.artifacts
     assert (failed.name, failed.accuracy) == ("onnxruntime fp32", "failed")
     assert failed.shortfalls[0].startswith("largest logit difference ")

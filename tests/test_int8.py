@@ -313,7 +313,14 @@ def test_int8_holds_the_fine_tuned_weights_and_fp32_the_checkpoints(other_weight
         progress=False,
     )
     assert json.loads((found / MANIFEST).read_bytes())["calibration"]["fine_tuned"] is True
-    assert sorted(path.name for path in found.iterdir()) == ["SHA256SUMS", "golden", MANIFEST, "onnx"]
+    assert sorted(path.name for path in found.iterdir()) == [
+        "SHA256SUMS",
+        "SOUP.md",
+        "golden",
+        MANIFEST,
+        "onnx",
+        "sbom.cdx.json",
+    ]
 
     (x,) = calibration.tensors(parity.phantom_cases(False, 1), Bundle(found).manifest.input)
     files = ("model.onnx", "model-int8.onnx")

@@ -106,7 +106,7 @@ def test_tensorrt_shares_the_file_of_onnxruntime_and_its_verdict(bundle: Path) -
         assert engine.recipe.compute_capabilities == ("8.6", "8.9", "12.0")
         assert engine.versions["tensorrt_rtx"] == engine.recipe.version[0]
     assert {path.relative_to(bundle).parts[0] for path in bundle.rglob("*")} == {
-        *("SHA256SUMS", "manifest.json", "golden", "onnx", "tensorrt-rtx")
+        *("SHA256SUMS", "SOUP.md", "manifest.json", "golden", "onnx", "sbom.cdx.json", "tensorrt-rtx")
     }
 
 
