@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO := build/demo
 
-.PHONY: demo test check slow torch-tensorrt train clean
+.PHONY: demo test check slow versions locks torch-tensorrt train clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,20 @@ check: $(VENV)/installed
 # Slower checks, see CONTRIBUTING.md.
 slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+# The oldest and the newest supported runtimes, each in an environment of its own; with TORCH_TOO=--torch gigabytes more.
+versions: $(VENV)/installed
+	mkdir -p build/versions
+	$(BIN)/msa2net export --checkpoint core/demo.safetensors --precisions fp32,int8-portable --allow-slower \
+	    --output build/versions/model.bundle --force
+	$(BIN)/python tests/versions.py --bundle build/versions/model.bundle --folder build/versions $(TORCH_TOO)
+
+# The versions that everything is tested with, with their hashes; needs uv. Torch-TensorRT's are in NVIDIA's own index.
+locks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet uv
+	for extra in $$($(BIN)/python tests/versions.py --list); do \
+	    echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml --extra $$extra --generate-hashes --universal --python-version 3.11 \
+	        --constraints - --no-header --no-annotate --quiet --output-file locks/$$extra.txt || exit 1; done
 
 # What Torch-TensorRT converts, without a GPU. Its packages exclude those of the tests, so it has an environment of its own.
 torch-tensorrt: $(VENV)/installed

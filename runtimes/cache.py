@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -55,12 +56,10 @@ def cpu_features() -> set[str]:
 
     Under user-mode emulation /proc/cpuinfo shows the host's, and this the emulated one's.
     """
-    with suppress(ImportError):
-        from numpy._core._multiarray_umath import (  # type: ignore[import-not-found]
-            __cpu_features__ as features,
-        )
-
-        return {name for name, there in features.items() if there}
+    for package in ("numpy._core", "numpy.core"):  # since numpy 2, before it
+        with suppress(ImportError):
+            features = importlib.import_module(f"{package}._multiarray_umath").__cpu_features__
+            return {name for name, there in features.items() if there}
     return set()
 
 

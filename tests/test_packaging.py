@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 # What each room may import of the others. Exceptions are single files.
@@ -138,3 +142,42 @@ def test_the_type_checker_sees_the_mapped_package(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "Incompatible types in assignment" in done.stdout
+
+
+# Lock files ---------------------------------------------------------------------------------------------------------
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKED = sorted(set(PROJECT["optional-dependencies"]) - {"torch-tensorrt"})  # NVIDIA's own index has those
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """What an extra set asks for, with the sets that it names in turn."""
+    found = []
+    for text in PROJECT["optional-dependencies"][extra]:
+        asked = Requirement(text)
+        if asked.name == PROJECT["name"]:
+            found += [each for inner in asked.extras for each in requirements(inner)]
+        else:
+            found.append(asked)
+    return found
+
+
+def test_every_extra_set_has_a_lock_file() -> None:
+    assert sorted(path.stem for path in (ROOT / "locks").iterdir()) == LOCKED
+
+
+@pytest.mark.parametrize("extra", LOCKED)
+def test_a_lock_file_pins_what_its_set_asks_for_with_hashes(extra: str) -> None:
+    text = (ROOT / "locks" / f"{extra}.txt").read_text().replace("\\\n", " ")
+    pins: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        pinned, *hashes = line.split("--hash=")
+        pin = Requirement(pinned)
+        ((operator, version),) = [(each.operator, each.version) for each in pin.specifier]
+        assert operator == "==", line
+        assert hashes, line
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64} *", each) for each in hashes), line
+        pins.setdefault(canonicalize_name(pin.name), []).append(version)
+    for asked in [*map(Requirement, PROJECT["dependencies"]), *requirements(extra)]:
+        versions = pins[canonicalize_name(asked.name)]
+        assert all(asked.specifier.contains(version) for version in versions), asked
