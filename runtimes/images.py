@@ -283,6 +283,7 @@ def _check_dataset(dataset: Dataset) -> tuple[int, str, str]:
         pixels, bits = int(dataset.Rows) * int(dataset.Columns), int(dataset.BitsStored)
         signed = bool(dataset.get("PixelRepresentation", 0))
         photometric = str(dataset.PhotometricInterpretation)
+        rescaled = photometric.startswith("MONOCHROME") and any(map(_rescales, _transformations(dataset)))
         syntax = "unknown transfer syntax" if uid.name == str(uid) else str(uid.name)
     except FrameError:
         raise
@@ -303,7 +304,28 @@ def _check_dataset(dataset: Dataset) -> tuple[int, str, str]:
             f"expected one of {', '.join(PHOTOMETRIC)}",
             "Convert it to RGB.",
         )
+    if rescaled:
+        raise FrameError(
+            "image",
+            "DICOM with a rescale that changes its values",
+            "expected stored values as they are",
+            "Apply pydicom.pixels.apply_modality_lut, bring the result to [0, 1] as in training, and give float32.",
+        )
     return bits, photometric, syntax
+
+
+def _transformations(dataset: Dataset) -> Iterator[Any]:
+    """Where a rescale can stand: in the image itself, for all of its frames, for each."""
+    yield dataset
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in dataset.get(groups) or ():
+            yield from group.get("PixelValueTransformationSequence") or ()
+
+
+def _rescales(about: Any) -> bool:
+    slope, intercept = about.get("RescaleSlope"), about.get("RescaleIntercept")
+    identity = float(1 if slope is None else slope) == 1 and float(0 if intercept is None else intercept) == 0
+    return bool(about.get("ModalityLUTSequence")) or not identity
 
 
 def _stored(frame: NDArray[Any], bits: int) -> Frame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 
 from msa2net.__main__ import main
 from msa2net.core.phantoms import phantom
@@ -244,6 +246,36 @@ def test_a_file_that_is_no_image_is_one_line_and_code_2(
     assert err.startswith(f"error: input 1 of 1, image: {text}")
     assert err.count("\n") == 1
     assert "patient_name" not in err
+
+
+@pytest.mark.parametrize("damage", [False, True], ids=["whole", "truncated"])
+def test_nothing_that_is_printed_logged_or_written_tells_whose_image_it_was(
+    run: Run,
+    bundle: Path,
+    tmp_path: Path,
+    examples: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
+    damage: bool,
+) -> None:
+    """Of a real clip: neither its path, nor any text of its attributes, nor its pixels."""
+    folder = tmp_path / "DOE^JANE"
+    folder.mkdir()
+    source = examples("ybr_color")
+    content = source.read_bytes()
+    path = folder / "DOE^JANE.dcm"
+    path.write_bytes(content[: len(content) // 2] if damage else content)
+    texts = {"DOE^JANE"} | {
+        str(element.value)
+        for element in dcmread(source)
+        if element.VR in ("PN", "LO", "SH", "UI", "DA", "TM", "LT", "ST", "AS") and len(str(element.value)) > 4
+    }
+    assert len(texts) > 10
+    with caplog.at_level(logging.DEBUG):
+        code, out, err = run("predict", path, "--bundle", bundle, "--json", "--mask", tmp_path / "masks")
+    assert code == (2 if damage else 0)
+    written = "".join(str(file) for file in (tmp_path / "masks").rglob("*"))
+    told = out + err + caplog.text + written.replace(str(tmp_path), "")
+    assert [text for text in texts if text in told] == []
 
 
 def test_a_truncated_image_is_named_by_its_number(run: Run, png: Path, bundle: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset as PydicomDataset
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, convert_color_space, pixel_array
@@ -193,6 +194,23 @@ def test_every_page_of_a_tiff_is_a_frame(folder: Path) -> None:
         assert bits is None
         assert np.array_equal(pixels, np.asarray(page))
         assert pixels.dtype == np.asarray(page).dtype
+
+
+def test_an_animated_png_gives_its_frames_and_is_no_single_image(folder: Path) -> None:
+    pages = [Image.fromarray(page) for page in (RGB, 255 - RGB, RGB[::-1])]
+    path = keep(folder, encoded(pages[0], "PNG", save_all=True, append_images=pages[1:]))
+    found = [pixels for pixels, _ in frames(path)]
+    assert np.array_equal(np.stack(found), np.stack([np.asarray(page) for page in pages]))
+    with pytest.raises(FrameError, match=r"^image: holds several frames, expected one"):
+        single(path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 10_000), (10_000, 1), (4320, 7680)], ids=str)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "DICOM"])
+def test_the_smallest_and_the_largest_frames_keep_every_pixel(folder: Path, size: tuple[int, int], kind: str) -> None:
+    pixels = np.resize(np.random.default_rng(4).integers(0, 256, 9973, dtype=np.uint8), size)
+    content = saved(dicom(pixels)) if kind == "DICOM" else encoded(Image.fromarray(pixels), kind)
+    assert np.array_equal(only(keep(folder, content)), pixels)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits"])
@@ -754,6 +772,53 @@ def test_signed_pixels_are_refused(folder: Path) -> None:
     dataset = dicom(GREY16, bits=16, PixelRepresentation=1)
     expected = ("DICOM with signed pixels", "expected unsigned", "Apply the rescale and window first.")
     assert refused(keep(folder, saved(dataset))) == expected
+
+
+RESCALED = (
+    "DICOM with a rescale that changes its values",
+    "expected stored values as they are",
+    "Apply pydicom.pixels.apply_modality_lut, bring the result to [0, 1] as in training, and give float32.",
+)
+
+
+@pytest.mark.parametrize("changes", [{}, {"RescaleSlope": 1, "RescaleIntercept": 0}, {"RescaleSlope": "1.0"}], ids=str)
+def test_a_rescale_that_changes_nothing_is_no_matter(folder: Path, changes: dict[str, Any]) -> None:
+    assert np.array_equal(only(keep(folder, saved(dicom(GREY, **changes)))), GREY)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"RescaleSlope": 2}, {"RescaleIntercept": -1024}, {"RescaleSlope": "0.5"}], ids=str
+)
+def test_a_rescale_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    assert refused(keep(folder, saved(dicom(GREY, **changes)))) == RESCALED
+
+
+@pytest.mark.parametrize("groups", ["SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"])
+def test_a_rescale_of_the_frames_of_a_clip_is_refused(groups: str) -> None:
+    transformation, group = PydicomDataset(), PydicomDataset()
+    transformation.RescaleSlope, transformation.RescaleIntercept = 1, 3
+    group.PixelValueTransformationSequence = [transformation]
+    assert refused(dicom(GREY, **{groups: [PydicomDataset(), group]})) == RESCALED
+
+
+def test_a_modality_lut_is_refused() -> None:
+    table = PydicomDataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 16], bytes(512)
+    assert refused(dicom(GREY, ModalityLUTSequence=[table])) == RESCALED
+
+
+def test_colour_has_no_rescale() -> None:
+    assert np.array_equal(only(dicom(RGB, "RGB", RescaleSlope=2)), RGB)
+
+
+def test_a_damaged_rescale_is_refused() -> None:
+    dataset = dicom(GREY)
+    dataset.add(DataElement("RescaleSlope", "LO", PATIENT))
+    assert refused(dataset) == DAMAGED_DICOM
+
+
+def test_a_window_is_for_displays_and_is_not_applied() -> None:
+    assert np.array_equal(only(dicom(GREY, WindowCenter=40, WindowWidth=80)), GREY)
 
 
 @pytest.mark.parametrize("photometric", ["YBR_PARTIAL_420", "CMYK", "HSV", "DOE^JANE"])

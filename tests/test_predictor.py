@@ -101,6 +101,9 @@ def test_real_ultrasound_gives_the_same_mask_on_every_runtime(
         pytest.param((FRAME / 255).astype(np.float32), id="rgb float32"),
         pytest.param(FRAME[::-1, ::2], id="not contiguous"),
         pytest.param(FRAME[:1, :1], id="one pixel"),
+        pytest.param(np.resize(FRAME, (1, 10_000, 3)), id="one row"),
+        pytest.param(np.resize(FRAME, (10_000, 1)), id="one column"),
+        pytest.param(np.resize(FRAME, (4320, 7680)), id="8k"),
     ],
 )
 def test_a_frame_gives_the_same_bits_at_every_call(
