@@ -64,6 +64,8 @@ def _check_ir(name: str, data: bytes) -> None:
         raise BundleError(name, "declares a document type or an entity", "expected a plain IR", _ADVICE)
 
     def element(tag: str, attributes: dict[str, str]) -> None:
+        if any(":" in each or each == "xmlns" for each in (tag, *attributes)):
+            raise BundleError(name, "uses XML namespaces", "expected a plain IR", _ADVICE)
         if tag == "layer" and not _OPSET.fullmatch(attributes.get("version", "")):
             shown = ascii(attributes.get("version", "")[:40])
             raise BundleError(name, f"has a layer of {shown}", "expected OpenVINO's own operators", _ADVICE)

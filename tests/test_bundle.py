@@ -219,7 +219,7 @@ def test_the_demo_bundle_is_whole_and_has_what_a_bundle_must_have() -> None:
     assert demo.manifest.golden
     named = {f.path for a in demo.manifest.artifacts for f in a.files}
     named |= {p for g in demo.manifest.golden for p in (g.frame, g.logits, g.mask)}
-    assert named | {MANIFEST} == set(demo.sums)
+    assert named | {MANIFEST, "sbom.cdx.json", "SOUP.md"} == set(demo.sums)
 
 
 def test_a_bundle_may_be_reached_through_a_link_and_by_a_string(root: Path, tmp_path: Path) -> None:
@@ -1023,6 +1023,13 @@ HOSTILE_IR = {
         "asks for another file",
         "expected its weights in its .bin",
     ),
+    "a layer of a namespace": (
+        b'<net xmlns:a="b"><a:layer version="extension"/></net>',
+        "uses XML namespaces",
+        PLAIN,
+    ),
+    "a default namespace": (b'<net xmlns="b"/>', "uses XML namespaces", PLAIN),
+    "a prefix of nothing": (b'<net><a:layer version="extension"/></net>', "uses XML namespaces", PLAIN),
     "half a file": (b"<net>", "is no XML (no element found: line 1, column 5)", "expected an IR"),
     "text": (b"net", "is no XML (syntax error: line 1, column 0)", "expected an IR"),
     "an unknown entity": (b"<net>&x;</net>", "is no XML (undefined entity: line 1, column 5)", "expected an IR"),

@@ -46,10 +46,10 @@ def document() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file, and both pages of it."""
-    folder = tmp_path / "bundle"
+    folder = tmp_path_factory.mktemp("sbom") / "bundle"
     (folder / "onnx").mkdir(parents=True)
     (folder / "onnx/model.onnx").write_bytes(b"graph")
     data = {"the accuracy check": ("pairs", cases()), "calibration": ("phantoms", cases(1))}
