@@ -25,7 +25,7 @@ from typing import Any
 from msa2net.errors import BundleError, RuntimeUnavailableError
 from msa2net.runtimes import graphs
 
-SCHEMA_VERSION = (3, 1)
+SCHEMA_VERSION = (3, 2)
 READS = (2, 3)  # major versions
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
@@ -33,8 +33,10 @@ RESIZE_RULES = ("bilinear", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
 ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
+BAKED_OUTPUTS = ("logits", "mask", "confidence", "colors")  # in this order; the first two always
 HARDWARE_COMPATIBILITY = ("none", "ampere+", "same-capability")
 MOST_IMAGES = 1024  # of a batch
+MOST_BAKED, MOST_SIDE = 64, 2**15  # graphs of an artifact; rows or columns of their frames
 TARGETS = ("8.6", "8.9", "12.0")  # compute capabilities that engines are built for by default: GeForce RTX 30, 40, 50
 VERDICTS = ("high", "standard", "failed", "unjudged")
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"  # not in any text: it would end up in logs and terminals
@@ -138,12 +140,26 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Baked:
+    """The artifact's network as a graph that takes a camera's frames and gives masks.
+
+    frame     shape of its uint8 frames, (H, W) or (H, W, 3)
+    outputs   some of `BAKED_OUTPUTS`
+    """
+
+    frame: tuple[int, ...]
+    outputs: tuple[str, ...]
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A model for one runtime in one precision. `files[0]` is the file that the runtime opens.
 
     rest         of int8: the precision of what is not in int8, where the CPU has it, else fp32
     speed        of int8, else None; of int8 for a GPU None, too, as it was not exported on one
     recipe       for NVIDIA's runtimes, else None
+    baked        the same network for frames of one size each
     accuracy     the verdict of its check against fp32 at export, one of `VERDICTS`
     shortfalls   what keeps it from a better one, with figures
     parity       the whole evidence, for people
@@ -157,6 +173,7 @@ class Artifact:
     rest: str
     speed: Speed | None
     recipe: Recipe | None
+    baked: tuple[Baked, ...]
     accuracy: str
     shortfalls: tuple[str, ...]
     parity: dict[str, Any]
@@ -425,25 +442,46 @@ def _recipe(node: _Node) -> Recipe:
     )
 
 
+def _files(node: _Node) -> tuple[FileEntry, ...]:
+    return tuple(
+        FileEntry(
+            path=file.get("path").text(),
+            bytes=file.get("bytes").integer(1, 2**40),
+            sha256=file.get("sha256").text(),
+        )
+        for file in node.get("files").items(1)
+    )
+
+
+def _baked(node: _Node) -> Baked:
+    sides, outputs = node.get("frame").items(2, 3), node.get("outputs")
+    names = tuple(each.text(*BAKED_OUTPUTS) for each in outputs.items(2, len(BAKED_OUTPUTS)))
+    if names != tuple(name for name in BAKED_OUTPUTS if name in (*BAKED_OUTPUTS[:2], *names)):
+        raise outputs.refuse(f"some of {', '.join(BAKED_OUTPUTS)} in this order, the first two always")
+    shape = [each.integer(1, MOST_SIDE) for each in sides[:2]] + [each.integer(3, 3) for each in sides[2:]]
+    return Baked(frame=tuple(shape), outputs=names, files=_files(node))
+
+
+def _all_baked(node: _Node) -> tuple[Baked, ...]:
+    found = tuple(map(_baked, node.items(0, MOST_BAKED)))
+    if len({graph.frame for graph in found}) != len(found):
+        raise node.refuse("one graph for each shape")
+    return found
+
+
 def _artifact(node: _Node) -> Artifact:
     tolerance, versions, parity = node.get("tolerance"), node.get("versions"), node.get("parity")
-    rest, speed, recipe = (node.optional(key) for key in ("rest", "speed", "recipe"))
+    rest, speed, recipe, baked = (node.optional(key) for key in ("rest", "speed", "recipe", "baked"))
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
-        files=tuple(
-            FileEntry(
-                path=file.get("path").text(),
-                bytes=file.get("bytes").integer(1, 2**40),
-                sha256=file.get("sha256").text(),
-            )
-            for file in node.get("files").items(1)
-        ),
+        files=_files(node),
         versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
         rest=rest.text("fp32", "bf16") if rest else "fp32",
         speed=_speed(speed) if speed else None,
         recipe=_recipe(recipe) if recipe else None,
+        baked=_all_baked(baked) if baked else (),
         accuracy=parity.get("verdict").text(*VERDICTS),
         shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
         parity=parity.object(),
@@ -517,7 +555,7 @@ class Bundle:
         self._check_listing()
         self.manifest = parse_manifest(self.read(MANIFEST))
         for artifact in self.manifest.artifacts:
-            for entry in artifact.files:
+            for entry in (*artifact.files, *(file for graph in artifact.baked for file in graph.files)):
                 self._check_entry(entry)
         for golden in self.manifest.golden:
             for relative in (golden.frame, golden.logits, golden.mask):
@@ -615,7 +653,7 @@ class Bundle:
             return file.read()
 
     @contextmanager
-    def open_artifact(self, artifact: Artifact) -> Iterator[tuple[str, ...]]:
+    def open_artifact(self, artifact: Artifact | Baked) -> Iterator[tuple[str, ...]]:
         """Paths under which a runtime reads the very descriptors that were hashed, in the order of `artifact.files`.
 
         They are valid inside the `with` block. Where the system has no /proc/self/fd the files' own paths are given.
@@ -625,7 +663,7 @@ class Bundle:
             yield paths
 
     @contextmanager
-    def open_unchecked(self, artifact: Artifact) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
+    def open_unchecked(self, artifact: Artifact | Baked) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
         """As `open_artifact`, but the digests are checked when the second value is called, in any thread, and what
         the graphs hold, see `graphs.check`.
 

@@ -46,6 +46,7 @@ KINDS = (
     "manifest.json",
     "onnx/model.onnx",
     "openvino/model.xml",
+    "openvino/model-1920x1080.xml",
     "openvino/model.bin",
     "torch/weights.safetensors",
     "golden/0_frame.npy",
@@ -106,7 +107,7 @@ def root(tmp_path: Path) -> Path:
     document = json.loads(SAMPLE)
     files = {path: content_of(path) for entry in document["golden"] for path in entry.values()}
     for artifact in document["artifacts"]:
-        for entry in artifact["files"]:
+        for entry in [*artifact["files"], *(file for graph in artifact.get("baked", ()) for file in graph["files"])]:
             content = content_of(entry["path"])
             files[entry["path"]] = content
             entry.update(bytes=len(content), sha256=sha256(content))
@@ -122,7 +123,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     manifest = parse_manifest(SAMPLE.encode())
-    assert manifest.schema_version == SCHEMA_VERSION == (3, 1)
+    assert manifest.schema_version == SCHEMA_VERSION == (3, 2)
     assert (manifest.model_name, manifest.model_version, manifest.model_variant) == ("lesion", "2.1", "tiny")
     assert manifest.notice == "Not a medical device. Validate before any clinical use."
     assert manifest.model_config["depths"] == [1, 1, 1, 1]
@@ -1034,6 +1035,28 @@ HOSTILE_IR = {
     "text": (b"net", "is no XML (syntax error: line 1, column 0)", "expected an IR"),
     "an unknown entity": (b"<net>&x;</net>", "is no XML (undefined entity: line 1, column 5)", "expected an IR"),
 }
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda graphs: graphs.append(graphs[0]), "expected one graph for each shape"),
+        (lambda graphs: graphs[0].update(outputs=["mask", "logits"]), "in this order, the first two always"),
+        (lambda graphs: graphs[0].update(outputs=["logits", "confidence"]), "in this order, the first two always"),
+        (lambda graphs: graphs[0].update(outputs=["logits", "mask", "mask"]), "in this order, the first two always"),
+        (lambda graphs: graphs[0].update(frame=[1080, 1920, 4]), "got 4, expected a whole number from 3 to 3"),
+        (lambda graphs: graphs[0].update(frame=[1080]), "got a list of 1, expected a list of 2 to 3 entries"),
+        (lambda graphs: graphs[0].update(frame=[2**15 + 1, 1]), "expected a whole number from 1 to 32768"),
+    ],
+)
+def test_a_baked_graph_that_no_frame_fits_is_refused(root: Path, change: Callable[[Any], None], found: str) -> None:
+    edit(root, lambda document: change(document["artifacts"][0]["baked"]))
+    assert found in str(refused(root))
+
+
+def test_a_baked_graph_s_files_are_checked_as_the_artifact_s_are(root: Path) -> None:
+    edit(root, lambda document: document["artifacts"][0]["baked"][0]["files"][0].update(bytes=7))
+    assert refused(root).place == "openvino/model-1920x1080.xml"
 
 
 def replaced(root: Path, path: str, content: bytes) -> None:
