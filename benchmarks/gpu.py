@@ -141,7 +141,7 @@ def measure(
             save(result)
             if row["golden"]:
                 calls[name] = partial(predictor.logits, tensor)
-                backend = predictor._backend
+                backend = predictor._network.backend if predictor._network else None
                 if isinstance(backend, WithGraph) and "without" not in row["provider"]:
                     calls[f"{name}, no graph"] = partial(backend.infer_without_graph, tensor)
         samples = times(calls, rounds, max(10.0, 60 * minutes - (time.monotonic() - start)))

@@ -22,12 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from msa2net.errors import ExportError
 from msa2net.export import onnx_file
+from msa2net.runtimes.backends import ADDED
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.postprocess import nearest_grid
 from msa2net.runtimes.preprocess import MAX_PIXELS, MAX_SIDE, place, resize_table
 
 EXTRAS = ("confidence", "colors")
-_PLACE = "baked"  # before the names of all that is added
 _MOST_TAPS = 12  # up to which OpenVINO fuses weighted rows; beyond, and elsewhere, products of blocks are faster
 _ROWS, _COLUMNS = 28, 14  # outputs of a block: more waste arithmetic on zeros, fewer on overlaps and calls
 
@@ -65,7 +65,7 @@ class _Graph:
     def __init__(self, end: str) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
-        self._prefix = f"{_PLACE}.{end}/"
+        self._prefix = f"{ADDED}{end}/"
 
     def const(self, array: NDArray[Any]) -> str:
         name = f"{self._prefix}constant_{len(self.constants)}"
@@ -198,7 +198,7 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
         return graph.gather(graph.gather(maps, columns, 1), rows, 0, output=output)
 
     mask = enlarged(small, "mask")
-    outputs = [("mask", TensorProto.UINT8, whole)]
+    outputs: list[tuple[str, int, Sequence[int]]] = [("mask", TensorProto.UINT8, whole)]
     if "confidence" in extras:
         best = graph.add("ReduceMax", shares, graph.const(np.array([0])), keepdims=0)
         scaled = graph.add(
@@ -222,8 +222,8 @@ _Ends = Sequence[tuple[str, int, Sequence[int]]]
 
 
 def _model(graph: _Graph, name: str, inputs: _Ends, outputs: _Ends) -> onnx.ModelProto:
-    ends = ([helper.make_tensor_value_info(*each) for each in group] for group in (inputs, outputs))
-    made = helper.make_graph(graph.nodes, f"{_PLACE}.{name}", *ends, graph.constants)
+    first, last = ([helper.make_tensor_value_info(*each) for each in group] for group in (inputs, outputs))
+    made = helper.make_graph(graph.nodes, f"{ADDED}{name}", first, last, graph.constants)
     opset = helper.make_opsetid("", onnx_file.OPSET)
     return helper.make_model(made, opset_imports=[opset], ir_version=onnx_file.IR_VERSION)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msa2net.errors import ExportError
-from msa2net.runtimes.bundle import MANIFEST, SUMS, digest_of, files_below
+from msa2net.runtimes.bundle import MANIFEST, SUMS, digest_of, files_below, raised
 
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # renameat2's flags and AT_FDCWD
 _PARTIAL = ".msa2net-partial-"
@@ -102,7 +102,7 @@ def _write_sums(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Files, then the folders that name them, the deepest first."""
-    for below, _, names in os.walk(folder, topdown=False):
+    for below, _, names in os.walk(folder, topdown=False, onerror=raised):
         for name in [*names, "."]:
             path = Path(below, name)
             path.chmod(0o755 if name == "." else 0o644)

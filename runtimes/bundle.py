@@ -501,15 +501,21 @@ def _shown(path: str) -> str:
     return path if _TEXT.fullmatch(path) else ascii(path)
 
 
-def files_below(root: Path) -> list[str]:
-    """Sorted POSIX paths of all files below `root`. Raises BundleError for anything but folders and regular files.
+def raised(error: OSError) -> None:
+    """For os.walk, which otherwise passes over a folder that cannot be read as if it were empty."""
+    raise error
 
+
+def files_below(root: Path) -> list[str]:
+    """Sorted POSIX paths of all files below `root`.
+
+    Raises BundleError for anything but folders and regular files, and OSError for a folder that cannot be read.
     A regular file that has another name elsewhere could be changed by that: it is refused, unless an installer may have
     linked it.
     """
     found = []
     installed = root.resolve().is_relative_to(_PACKAGE)
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=raised):
         for name in folders + names:
             path = Path(folder, name)
             about = path.lstat()
@@ -596,7 +602,10 @@ class Bundle:
 
     def _check_listing(self, changed: Sequence[str] = ()) -> None:
         """Raises BundleError with what is missing, what is extra and, if it is given, what has changed."""
-        present = set(files_below(self.path)) - {SUMS}
+        try:
+            present = set(files_below(self.path)) - {SUMS}
+        except OSError as error:
+            raise _unreadable("a folder of it", error) from error
         kinds = {"missing": self.sums.keys() - present, "extra": present - self.sums.keys(), "changed": set(changed)}
         complaints = [f"{kind} {', '.join(map(_shown, sorted(paths)))}" for kind, paths in kinds.items() if paths]
         if complaints:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import images, measure, postprocess, preprocess, signature
 from msa2net.runtimes.backends import (
+    BAKED,
     INT8,
     RUNTIMES,
     Backend,
+    FrameBackend,
     backend_class,
     candidates,
     default_threads,
@@ -31,7 +33,7 @@ from msa2net.runtimes.backends import (
     why_not_on,
     why_not_precision,
 )
-from msa2net.runtimes.bundle import PRECISIONS, Artifact, Bundle, ClassInfo
+from msa2net.runtimes.bundle import PRECISIONS, Artifact, Baked, Bundle, ClassInfo
 from msa2net.runtimes.cache import CacheWarning, Slot, default_folder
 
 log = logging.getLogger("msa2net")
@@ -68,7 +70,8 @@ class Execution:
     verdict of the artifact's check at export: "high", "standard", "failed" or "unjudged" (see BUNDLE.md); cached is
     whether the compiled model came from the cache; signature is "unsigned", "not verified" if there is one and no key
     was given, or the fingerprint of the key that has signed the bundle; layers is how many layers run in each
-    precision, such as {"bf16": 617, "f32": 24}, empty if the runtime does not say.
+    precision, such as {"bf16": 617, "f32": 24}, empty if the runtime does not say; graph is "network", or the baked
+    graph that took the frame as it is, such as "baked 1080x1920x3".
     """
 
     runtime: str
@@ -87,6 +90,7 @@ class Execution:
     bundle_digest: str
     signature: str
     layers: dict[str, int]
+    graph: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,7 +115,9 @@ class Segmentation:
         classes: tuple[ClassInfo, ...],
         timings: Timings,
         execution: Execution,
+        made: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> None:
+        self._made = dict(made or {})
         self.mask, self.logits, self.classes = mask, logits, classes
         self.timings, self.execution = timings, execution
         self._placement, self._enlarge = placement, enlarge
@@ -121,6 +127,30 @@ class Segmentation:
         """(K, H, W) float32, computed at each access; their argmax over K is the mask."""
         size = (self.mask.shape[0], self.mask.shape[1])
         return postprocess.to_probabilities(self.logits, self._placement, size, self._enlarge)
+
+    @property
+    def confidence(self) -> NDArray[np.uint8]:
+        """(H, W), 255 times the probability of the mask's class: a baked graph's, or computed at the first access."""
+        if "confidence" not in self._made:
+            size = (self.mask.shape[0], self.mask.shape[1])
+            self._made["confidence"] = postprocess.to_confidence(self.logits, self._placement, size, self._enlarge)
+        return self._made["confidence"]
+
+    @property
+    def colors(self) -> NDArray[np.uint8]:
+        """(H, W, 3), the colour of the mask's class, red, green, blue: a baked graph's, or computed."""
+        if "colors" not in self._made:
+            self._made["colors"] = np.array([info.color for info in self.classes], np.uint8)[self.mask]
+        return self._made["colors"]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph that is loaded: the network alone, or a baked one with the names of its `outputs`."""
+
+    backend: Backend
+    execution: Execution
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,9 +199,12 @@ class SelfTest:
 class Predictor:
     """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork."""
 
-    def __init__(self, bundle: Bundle, artifact: Artifact, backend: Backend, execution: Execution) -> None:
-        self.bundle, self.artifact, self.execution = bundle, artifact, execution
-        self._backend = backend
+    def __init__(
+        self, bundle: Bundle, artifact: Artifact, network: _Graph | None, baked: dict[tuple[int, ...], _Graph]
+    ) -> None:
+        self.bundle, self.artifact = bundle, artifact
+        self._network, self._baked = network, baked
+        self.execution = (network or next(iter(baked.values()))).execution
         self._process = os.getpid()
         self._closed = False
 
@@ -187,6 +220,7 @@ class Predictor:
         cache: str | Path | Literal[False] | None = None,
         minimum_version: str | None = None,
         require_signature: str | Path | None = None,
+        frame_shape: tuple[int, ...] | None = None,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
@@ -206,6 +240,8 @@ class Predictor:
         minimum_version     of the model, such as "2.1": an older bundle is refused
         require_signature   a public key in PEM, or a folder of such: a bundle that none of them has signed is refused,
                     see `runtimes.signature`
+        frame_shape  (H, W) or (H, W, 3): load only the graph that is baked for such uint8 frames, and refuse others.
+                    If None, the network and all that is baked are loaded, and a frame takes the graph that it fits.
 
         Raises BundleError (damaged, changed, unknown schema; as SignatureError, without the signature that is asked
         for) and RuntimeUnavailableError (unknown, not installed, no such precision or device, or a model that the
@@ -243,46 +279,46 @@ class Predictor:
             reasons = "; ".join(artifact.shortfalls) or "its images allowed no judgement"
             warnings.warn(f"{artifact.name} {_NOT_PASSED}: {reasons}", AccuracyLossWarning, stacklevel=2)
         threads = threads or default_threads()
-        with ExitStack() as stack, ExitStack() as failed:
-            files, check = stack.enter_context(bundle.open_unchecked(artifact))
-            # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
-            checked = stack.enter_context(ThreadPoolExecutor(1)).submit(check)
-            backend_type = backend_class(artifact.runtime)
-            slot = _slot(cache, bundle, artifact, device, backend_type.compiled_for(device, threads), checked.result)
-            if slot:
-                stack.callback(slot.close)
-            else:
-                checked.result()
-            try:
-                backend = backend_type(files, bundle.manifest, device, artifact.precision, threads, slot, artifact.rest)
-                failed.callback(backend.close)
-            except Msa2NetError:
-                raise
-            except Exception as error:  # each runtime has its own kinds
+        baked = artifact.baked if artifact.runtime in BAKED and device == "CPU" else ()
+        if frame_shape is not None:
+            baked = tuple(graph for graph in artifact.baked if graph.frame == tuple(frame_shape))
+            if not baked:
+                there = ", ".join(str(graph.frame) for graph in artifact.baked) or "none"
                 raise RuntimeUnavailableError(
-                    f"runtime {artifact.runtime!r}",
-                    f"cannot load the model ({type(error).__name__}: {error})",
-                    "",
-                    "Update the runtime, or export again.",
-                ) from error
-            finally:
-                checked.result()  # whatever came of it, a changed file is what there is to say
-            cached = slot is not None and slot.hit
-            execution = _execution(bundle, artifact, backend, runtime, precision, device, cached, signed)
-            predictor = cls(bundle, artifact, backend, execution)
-            if backend.facts.built:
-                predictor._prove()
-            if slot and slot.problem:
+                    "frame_shape", f"got {frame_shape}", f"expected a baked graph's ({there})", "Export with --bake."
+                )
+        asked = {"runtime_asked": runtime, "precision_asked": precision, "device_asked": device, "signature": signed}
+        with ExitStack() as stack, ExitStack() as failed:
+
+            def loaded(part: Artifact | Baked) -> tuple[_Graph, Slot | None]:
+                backend, slot = _load(bundle, artifact, part, device, threads, cache, stack, failed)
+                shape = "x".join(map(str, part.frame)) if isinstance(part, Baked) else ""
+                execution = _execution(bundle, artifact, backend, asked, slot is not None and slot.hit, shape)
+                return _Graph(backend, execution, part.outputs if isinstance(part, Baked) else ()), slot
+
+            slots = []
+            network = None
+            if frame_shape is None:
+                network, slot = loaded(artifact)
+                slots.append(slot)
+            graphs = {}
+            for part in baked:
+                graphs[part.frame], slot = loaded(part)
+                slots.append(slot)
+            predictor = cls(bundle, artifact, network, graphs)
+            if network and network.backend.facts.built:
+                predictor._prove(network.backend)
+            if problem := next((slot for slot in slots if slot and slot.problem), None):
                 warnings.warn(
-                    f"cache {slot.folder}: the compiled model is not kept ({slot.problem}), so the next start takes as "
-                    "long as this one. Name another folder, or pass cache=False.",
+                    f"cache {problem.folder}: the compiled model is not kept ({problem.problem}), so the next start "
+                    "takes as long as this one. Name another folder, or pass cache=False.",
                     CacheWarning,
                     stacklevel=2,
                 )
             failed.pop_all()
         return predictor
 
-    def _prove(self) -> None:
+    def _prove(self, backend: Backend) -> None:
         """Runs the golden frames on what was just built, and keeps it. Raises OutputError if they do not pass."""
         verdict = self.self_test()
         if not verdict.passed:
@@ -292,7 +328,7 @@ class Predictor:
                 "expected the golden frames to pass",
                 "Do not use it on this device: update the runtime and its driver, or take another runtime.",
             )
-        self._backend.keep(asdict(verdict) | {"passed": True})
+        backend.keep(asdict(verdict) | {"passed": True})
 
     def predict(self, frame: Any, *, bits: int | None = None) -> Segmentation:
         """Segments one frame.
@@ -309,15 +345,38 @@ class Predictor:
         if not isinstance(frame, np.ndarray):
             frame, bits = images.single(frame, bits)
         pixels = preprocess.check_frame(frame, bits)
-        manifest = self.bundle.manifest
-        tensor = preprocess.to_tensor(pixels, manifest.input, bits)
-        prepared = perf_counter_ns()
-        raw = self._infer(tensor)
-        inferred = perf_counter_ns()
-        logits, mask, placement = postprocess.finish(raw, manifest, pixels.shape[0], pixels.shape[1])
+        manifest, (rows, columns) = self.bundle.manifest, pixels.shape[:2]
+        graph = self._graph_for(pixels)
+        outputs: dict[str, NDArray[Any]] = {}
+        if graph.outputs:
+            prepared = perf_counter_ns()
+            outputs = self._run(graph, np.ascontiguousarray(pixels))
+            inferred = perf_counter_ns()
+            logits, mask, placement = postprocess.check_baked(outputs, manifest, rows, columns)
+        else:
+            tensor = preprocess.to_tensor(pixels, manifest.input, bits)
+            prepared = perf_counter_ns()
+            raw = self._infer(graph, tensor)
+            inferred = perf_counter_ns()
+            logits, mask, placement = postprocess.finish(raw, manifest, rows, columns)
         done = perf_counter_ns()
         timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
-        return Segmentation(mask, logits, placement, manifest.enlarge, manifest.classes, timings, self.execution)
+        return Segmentation(
+            mask, logits, placement, manifest.enlarge, manifest.classes, timings, graph.execution, outputs
+        )
+
+    def _graph_for(self, pixels: NDArray[Any]) -> _Graph:
+        """The baked graph that the frame fits, else the network. Raises FrameError if that is not loaded."""
+        fitting = self._baked.get(pixels.shape) if pixels.dtype == np.uint8 else None
+        if found := fitting or self._network:
+            return found
+        shapes = " or ".join(f"uint8 {shape}" for shape in self._baked)
+        raise FrameError(
+            "frame",
+            f"got {pixels.dtype} {pixels.shape}",
+            f"expected {shapes}: the predictor was loaded for it",
+            "Load it without frame_shape.",
+        )
 
     def logits(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         """The network alone: (1, C, h, w) float32, resized and normalised by the caller -> (K, h, w) float32 logits.
@@ -326,13 +385,17 @@ class Predictor:
         values not finite, and OutputError as `predict` does.
         """
         self._check_usable()
+        if self._network is None:
+            raise FrameError(
+                "tensor", "no network for it is loaded", "expected a frame", "Load it without frame_shape."
+            )
         contract = self.bundle.manifest.input
         shape = (1, contract.channels, contract.height, contract.width)
         if tensor.dtype != np.float32 or tensor.shape != shape or not np.isfinite(tensor).all():
             raise FrameError(
                 "tensor", f"got {tensor.dtype} {tensor.shape}", f"expected finite float32 {shape}", "Resize it first."
             )
-        raw = self._infer(np.ascontiguousarray(tensor))
+        raw = self._infer(self._network, np.ascontiguousarray(tensor))
         return postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
 
     def _check_usable(self) -> None:
@@ -343,9 +406,19 @@ class Predictor:
         if self._closed:
             raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
 
-    def _infer(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _infer(self, graph: _Graph, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        with self._explained():
+            return graph.backend.infer(tensor)
+
+    def _run(self, graph: _Graph, frame: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        with self._explained():
+            found = cast("FrameBackend", graph.backend).run(frame)
+            return dict(zip(graph.outputs, found, strict=True))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            return self._backend.infer(tensor)
+            yield
         except Exception as error:  # each runtime has its own kinds
             raise OutputError(
                 f"runtime {self.execution.runtime!r}",
@@ -356,17 +429,23 @@ class Predictor:
 
     def self_test(self) -> SelfTest:
         """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
-        difference, agreement = 0.0, 1.0
+        difference, agreement, frames = 0.0, 1.0, 0
         for entry in self.bundle.manifest.golden:
+            frame = self._golden(entry.frame)
+            if self._network is None and frame.shape not in self._baked:
+                continue
+            frames += 1
             try:
-                found = self.predict(self._golden(entry.frame))
+                found = self.predict(frame)
             except FrameError as error:
                 raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
             logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
             difference = max(difference, float(np.abs(found.logits - logits).max()))
             agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
+        if not frames:
+            raise BundleError("golden", "no frame is of the shape that was loaded", "expected one", "Export it again.")
         tolerance = self.artifact.tolerance
-        return SelfTest(len(self.bundle.manifest.golden), difference, tolerance.logit, agreement, tolerance.pixels)
+        return SelfTest(frames, difference, tolerance.logit, agreement, tolerance.pixels)
 
     def _golden(self, path: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
         """A golden array; BundleError if it is damaged, or not finite or not of `like`'s dtype and shape."""
@@ -410,7 +489,8 @@ class Predictor:
         """Frees the runtime. The Predictor cannot be used afterwards; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._backend.close()
+            for graph in (*filter(None, [self._network]), *self._baked.values()):
+                graph.backend.close()
 
     def __enter__(self) -> Predictor:
         return self
@@ -419,34 +499,66 @@ class Predictor:
         self.close()
 
 
-def _execution(
+def _load(
     bundle: Bundle,
     artifact: Artifact,
-    backend: Backend,
-    runtime: str,
-    precision: str,
+    part: Artifact | Baked,
     device: str,
-    cached: bool,
-    signed: str,
+    threads: int,
+    cache: str | Path | Literal[False] | None,
+    stack: ExitStack,
+    failed: ExitStack,
+) -> tuple[Backend, Slot | None]:
+    """A backend with the artifact, or with a graph that is baked from it, and its slot in the cache.
+
+    The slot, with its lock, is closed by `stack`: what was built must be proven first; the backend by `failed`.
+    """
+    with bundle.open_unchecked(part) as (files, check), ThreadPoolExecutor(1) as pool:
+        # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
+        checked = pool.submit(check)
+        backend_type = backend_class(artifact.runtime)
+        facts = backend_type.compiled_for(device, threads)
+        slot = _slot(cache, bundle, artifact, part, device, facts, checked.result)
+        if slot:
+            stack.callback(slot.close)
+        else:
+            checked.result()
+        try:
+            backend = backend_type(files, bundle.manifest, device, artifact.precision, threads, slot, artifact.rest)
+            failed.callback(backend.close)
+        except Msa2NetError:
+            raise
+        except Exception as error:  # each runtime has its own kinds
+            raise RuntimeUnavailableError(
+                f"runtime {artifact.runtime!r}",
+                f"cannot load the model ({type(error).__name__}: {error})",
+                "",
+                "Update the runtime, or export again.",
+            ) from error
+        finally:
+            checked.result()  # whatever came of it, a changed file is what there is to say
+        return backend, slot
+
+
+def _execution(
+    bundle: Bundle, artifact: Artifact, backend: Backend, asked: dict[str, str], cached: bool, shape: str
 ) -> Execution:
     facts = backend.facts
     return Execution(
+        **asked,
         runtime=artifact.runtime,
-        runtime_asked=runtime,
         runtime_version=facts.version,
         device=facts.device,
-        device_asked=device,
         provider=facts.provider,
         precision=facts.precision,
-        precision_asked=precision,
         accuracy=artifact.accuracy,
         threads=facts.threads,
         cached=cached,
         model=bundle.manifest.model_name,
         model_version=bundle.manifest.model_version,
         bundle_digest=bundle.digest,
-        signature=signed,
         layers=facts.layers,
+        graph=f"baked {shape}" if shape else "network",
     )
 
 
@@ -481,6 +593,7 @@ def _slot(
     cache: str | Path | Literal[False] | None,
     bundle: Bundle,
     artifact: Artifact,
+    part: Artifact | Baked,
     device: str,
     facts: dict[str, Any] | None,
     confirm: Callable[[], object],
@@ -491,7 +604,7 @@ def _slot(
     folder = default_folder() if cache in (None, "auto") else Path(cache)
     if folder is None:
         return None
-    about = {"bundle": bundle.digest, "files": [file.sha256 for file in artifact.files]}
+    about = {"bundle": bundle.digest, "files": [file.sha256 for file in part.files]}
     about |= {"runtime": artifact.runtime, "precision": artifact.precision}
     about |= {"device": "cuda:0" if device == "cuda" else device}
     return Slot(folder, about | facts, confirm)

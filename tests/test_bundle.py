@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -371,6 +372,21 @@ def test_no_truncation_of_the_sums_passes(root: Path) -> None:
         (root / SUMS).write_bytes(whole[:length])
         with pytest.raises(BundleError):
             Bundle(root)
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("onnx"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = ("a folder of it", "cannot be read (Permission denied)", "expected a readable file", COPY)
+    assert parts(refused(root)) == found
 
 
 @pytest.mark.parametrize("path", ["link", "onnx/link"])

@@ -1247,6 +1247,28 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: py
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_folder_that_cannot_be_listed_is_not_summed_as_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """os.walk passes over it without a word, unless it is told not to; the calls are those of the sums and the sync."""
+    before, calls, real = snapshot(tmp_path), 0, os.scandir
+
+    def scandir(path: Any) -> Any:
+        nonlocal calls
+        calls += "msa2net-partial" in str(path)
+        if calls == nth:
+            calls += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ExportError, match=r"cannot be written \(Too many open files\). Nothing was changed.$"):
+        write_to(tmp_path / "b")
+    monkeypatch.undo()
+    assert snapshot(tmp_path) == before
+
+
 def test_every_file_and_folder_is_synced_before_the_name_and_the_parent_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

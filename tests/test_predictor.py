@@ -48,8 +48,8 @@ def test_the_golden_frames_pass(predictors: dict[str, Predictor], runtime: str) 
 
 def test_the_self_test_fails_when_the_runtime_computes_something_else() -> None:
     with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
-        infer = predictor._backend.infer
-        predictor._backend.infer = lambda x: infer(x) + np.float32(0.01)  # type: ignore[method-assign]
+        infer = predictor._network.backend.infer
+        predictor._network.backend.infer = lambda x: infer(x) + np.float32(0.01)  # type: ignore[method-assign]
         result = predictor.self_test()
     assert not result.passed
     assert str(result).startswith("FAIL: ")
@@ -210,17 +210,17 @@ def test_a_clip_is_refused_where_one_frame_is_expected(
 def test_logits_that_are_not_finite_give_an_error_and_no_mask() -> None:
     with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
         good = predictor.predict(FRAME)
-        infer = predictor._backend.infer
+        infer = predictor._network.backend.infer
 
         def broken(x: Any) -> Any:
             logits = infer(x)
             logits[0, 1, 5, 5] = np.nan
             return logits
 
-        predictor._backend.infer = broken  # type: ignore[method-assign]
+        predictor._network.backend.infer = broken  # type: ignore[method-assign]
         with pytest.raises(OutputError, match="logits: got NaN or infinity, expected finite values"):
             predictor.predict(FRAME)
-        predictor._backend.infer = infer  # type: ignore[method-assign]
+        predictor._network.backend.infer = infer  # type: ignore[method-assign]
         assert np.array_equal(predictor.predict(FRAME).mask, good.mask)
 
 
@@ -309,7 +309,7 @@ def test_a_closed_predictor_gives_no_logits() -> None:
 def test_what_a_runtime_returns_is_checked_for_tensors_as_for_frames(raw: np.ndarray, text: str) -> None:
     with Predictor.load(DEMO_BUNDLE, runtime="onnxruntime") as predictor:
         tensor = prepared(predictor)
-        predictor._backend.infer = lambda _: raw  # type: ignore[method-assign]
+        predictor._network.backend.infer = lambda _: raw  # type: ignore[method-assign]
         for call in (lambda: predictor.logits(tensor), lambda: predictor.predict(FRAME)):
             with pytest.raises(OutputError) as caught:
                 call()
@@ -486,7 +486,7 @@ def test_a_runtime_that_fails_is_an_error_of_ours() -> None:
         def failing(_: Any) -> Any:
             raise RuntimeError("out of\nmemory")
 
-        predictor._backend.infer = failing  # type: ignore[method-assign]
+        predictor._network.backend.infer = failing  # type: ignore[method-assign]
         with pytest.raises(OutputError) as caught:
             predictor.predict(FRAME)
     assert str(caught.value) == (

@@ -404,7 +404,7 @@ def test_eight_threads_get_what_one_gets(faked: Path) -> None:
 @pytest.mark.usefixtures("gpu")
 def test_a_thread_that_waits_while_it_is_closed_gets_an_error_and_touches_no_freed_memory(faked: Path) -> None:
     predictor = load(faked)
-    backend: Any = predictor._backend
+    backend: Any = predictor._network.backend
     backend._lock.acquire()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(predictor.predict, FRAME)

@@ -6,6 +6,7 @@ A backend is a class with
     keep(verdict)  where `facts.built`: called when the golden frames have passed on what was built just now, with their
                  figures; puts it into the cache
     infer(x)     (1, C, h, w) float32 -> (1, K, h, w) float32, an array that the caller may keep; from any thread
+    run(x)       of the runtimes in `BAKED`: all outputs of a graph in their order; x is a baked graph's frame
     facts        `Facts`: what the runtime says it really runs, read back from it
     close()      frees what it holds
     compiled_for(device, threads)   what a compiled model depends on besides artifact, precision and processor: a
@@ -76,6 +77,10 @@ class Backend(Protocol):
     def keep(self, verdict: dict[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+class FrameBackend(Backend, Protocol):
+    def run(self, x: NDArray[Any]) -> list[NDArray[Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,8 @@ def why_no_gpu() -> str:
     return ""
 
 
+BAKED = ("onnxruntime", "openvino")  # the runtimes that take baked graphs, on a CPU
+ADDED = "baked."  # before the names of the nodes that baking adds
 INT8 = ("int8", "int8-portable")
 # By precision: the instruction sets of which one is needed, as numpy names them, and how to say so.
 _NEEDS = {

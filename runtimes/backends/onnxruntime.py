@@ -16,14 +16,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import INT8, Facts, gpu_index, is_cuda, require_cpu
+from msa2net.runtimes.backends import ADDED, INT8, Facts, gpu_index, is_cuda, require_cpu
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 from msa2net.runtimes.graphs import fields, message, varint
@@ -58,7 +58,8 @@ class OnnxRuntimeBackend:
         self._threads, self._profiles = threads, None
         if device.partition(":")[0] in _PROVIDERS:
             session = _on_gpu(files[0], device, precision, self._options())
-            self._run: Callable[[NDArray[np.float32]], Any] = _Bound(session, manifest, device)
+            bound = _Bound(session, manifest, device)
+            self._run: Callable[[NDArray[Any]], list[NDArray[Any]]] = lambda x: [bound(x)]
             provider, *_ = session.get_providers()
             self.facts = Facts(
                 version=onnxruntime.__version__,
@@ -74,9 +75,9 @@ class OnnxRuntimeBackend:
             # Of fp16, ONNX Runtime 1.32 on Arm cannot read the packed weights that it wrote.
             session = self._load(files[0], slot if precision != "fp16" else None)
             # A graph of floats runs in fp32 on this provider; one in less may do so, too, and that is read back.
-            layers = self._executed(session, manifest, precision) if precision != "fp32" else {}
+            layers = self._executed(session, precision) if precision != "fp32" else {}
         image = session.get_inputs()[0].name
-        self._run = lambda x: session.run(None, {image: x})[0]
+        self._run = lambda x: session.run(None, {image: x})
         self.facts = Facts(
             version=onnxruntime.__version__,
             device="CPU",
@@ -105,16 +106,20 @@ class OnnxRuntimeBackend:
         return session
 
     @staticmethod
-    def _executed(session: Any, manifest: Manifest, precision: str) -> dict[str, int]:
+    def _executed(session: Any, precision: str) -> dict[str, int]:
         """How many nodes compute in each precision, by the profile of one inference; no output is used.
 
         Raises RuntimeUnavailableError if no product is computed in the precision.
         """
-        contract = manifest.input
-        nothing = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
-        session.run(None, {session.get_inputs()[0].name: nothing})
+        (image,) = session.get_inputs()
+        nothing = np.zeros(image.shape, np.uint8 if "uint8" in image.type else np.float32)
+        session.run(None, {image.name: nothing})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        ran = [event["args"] for event in events if "output_type_shape" in event.get("args", {})]
+        ran = [
+            event["args"]
+            for event in events
+            if "output_type_shape" in event.get("args", {}) and not event["name"].startswith(ADDED)
+        ]
         kinds = [(each["op_name"], next(iter(each["output_type_shape"][0]), "")) for each in ran]
         kinds = [(name, "int8" if name in _INT8_PRODUCTS else kind) for name, kind in kinds]
         wanted = "float16" if precision == "fp16" else "int8"
@@ -176,7 +181,11 @@ class OnnxRuntimeBackend:
         return session
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        return cast("NDArray[np.float32]", self._run(x))
+        (logits,) = self._run(x)
+        return logits
+
+    def run(self, x: NDArray[Any]) -> list[NDArray[Any]]:
+        return self._run(x)
 
     def keep(self, verdict: dict[str, Any]) -> None:
         """Nothing: the engine of TensorRT's provider lies in no file."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
-from msa2net.runtimes.backends import INT8, Facts, why_not_precision
+from msa2net.runtimes.backends import ADDED, INT8, Facts, why_not_precision
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
@@ -68,6 +68,14 @@ class _Stream(io.BytesIO):
         except OSError as error:
             self.error = self.error or error
             raise
+
+
+def _is_added(names: str) -> bool:
+    """Whether a layer is of a baked graph's ends alone, whose uint8 and fp32 say nothing about the network's precision.
+
+    names   of the nodes that it was made from, separated by commas
+    """
+    return bool(names) and all(name.startswith(ADDED) for name in names.split(","))
 
 
 class OpenVinoBackend:
@@ -149,12 +157,12 @@ class OpenVinoBackend:
         return {"version": openvino.__version__, "threads": threads} if device == "CPU" else None
 
     def _executed(self) -> list[tuple[str, str]]:
-        """Type and executed precision of every layer that says it."""
+        """Type and executed precision of every layer of the network that says it."""
         infos = (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
         return [
             (str(info["layerType"].value), str(info["runtimePrecision"].value))
             for info in infos
-            if "runtimePrecision" in info
+            if "runtimePrecision" in info and not _is_added(str(info["originalLayersNames"].value))
         ]
 
     def _require_precision(self, asked: str, wanted: Any, executed: set[str], computed: Collection[str]) -> str:
@@ -178,12 +186,17 @@ class OpenVinoBackend:
         return asked
 
     def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        (logits,) = self.run(x)
+        return logits
+
+    def run(self, x: NDArray[Any]) -> list[NDArray[Any]]:
         # One request per thread: a request may not be shared while it runs.
         if not hasattr(self._local, "request"):
             self._local.request = self._compiled.create_infer_request()
         request = self._local.request
         request.infer([x], share_inputs=True)
-        return request.get_output_tensor(0).data.copy()  # the tensor is reused by the next call
+        # The tensors are reused by the next call.
+        return [request.get_output_tensor(i).data.copy() for i in range(len(self._compiled.outputs))]
 
     def close(self) -> None:
         self._local = threading.local()
