@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from msa2net.errors import FrameError, Msa2NetError
-from msa2net.runtimes import AccuracyLossWarning, CacheWarning, DemoModelWarning, Predictor, Segmentation, signature
+from msa2net.runtimes import (
+    AccuracyLossWarning,
+    CacheWarning,
+    DemoModelWarning,
+    Predictor,
+    Segmentation,
+    acceptance,
+    signature,
+)
 from msa2net.runtimes.backends import RUNTIMES, candidates
 from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, TARGETS, Bundle
 from msa2net.runtimes.cache import VARIABLE, default_folder
@@ -205,6 +213,39 @@ def verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def selftest(arguments: argparse.Namespace) -> int:
+    """The acceptance test, printed and written; the exit code is 0 if it is passed and 1 if not."""
+    if arguments.rounds < 1:
+        raise Msa2NetError("--rounds", f"got {arguments.rounds}", "expected at least 1", f"{acceptance.ROUNDS} serve.")
+    path = arguments.bundle or DEMO_BUNDLE
+    report = acceptance.accept(
+        path, lambda: _load(arguments, arguments.bundle), rounds=arguments.rounds, limit=arguments.limit_ms
+    )
+    if arguments.report:
+        acceptance.write_json(arguments.report, report)
+    execution, device, golden = report["execution"], report["device"], report["golden"]
+    print(f"{'bundle':<12} {report['bundle']['digest']}, {report['bundle']['files']} files match their sums")
+    print(f"{'model':<12} {report['bundle']['model']} {report['bundle']['model_version']}, {execution['signature']}")
+    print(f"{'artifact':<12} {report['artifact']['name']}, accuracy {report['artifact']['accuracy']}")
+    print(f"{'device':<12} {device['processor']}, {device['architecture']}, {execution['threads']} threads")
+    print(
+        f"{'golden':<12} {golden['frames']} frames, largest logit difference {golden['logit_difference']:.2e} (limit "
+        f"{golden['logit_tolerance']:.0e}), equal pixels {golden['pixel_agreement']:.4%} (limit "
+        f"{golden['pixel_tolerance']:.2%})"
+    )
+    for entry in report["milliseconds"]:
+        last = "-" if entry["p99"] is None else f"{entry['p99']:.2f}"
+        print(
+            f"{'milliseconds':<12} {'x'.join(map(str, entry['frame'])):<14} p50 {entry['p50']:.2f}, p99 {last}, "
+            f"longest {entry['longest']:.2f}, n {entry['n']}, {entry['graph']}"
+        )
+    if (at_export := report["inference_at_export"])["ratio"]:
+        before = f"{at_export['milliseconds']:.2f} ms on {at_export['machine']}"
+        print(f"{'at export':<12} {before}: {at_export['ratio']} times it")
+    print("PASS" if report["passed"] else f"FAIL: {'; '.join(report['reasons'])}")
+    return 0 if report["passed"] else 1
+
+
 def sign(arguments: argparse.Namespace) -> int:
     made = signature.sign(arguments.bundle, arguments.key, arguments.output)
     print(f"{made}: of the bundle {Bundle(arguments.bundle).digest}")
@@ -291,6 +332,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key", type=Path, help="a public key in PEM, or a folder of them, that must have signed it")
     command.set_defaults(run=verify)
 
+    command = commands.add_parser("selftest", help="the acceptance test on this device, with a report")
+    command.add_argument("bundle", nargs="?", type=Path, help="default: the demo's")
+    _runtime_options(command)
+    command.add_argument("--report", type=Path, metavar="FILE", help="JSON")
+    command.add_argument("--rounds", type=int, default=acceptance.ROUNDS, help="of each frame (default: %(default)s)")
+    command.add_argument("--limit-ms", type=float, metavar="MS", help="for 99 of 100 frames, all included")
+    command.set_defaults(run=selftest)
+
     command = commands.add_parser("sign", help="sign a bundle, in the OpenSSF model-signing format")
     command.add_argument("bundle", type=Path)
     command.add_argument(
@@ -357,6 +406,12 @@ def _parser() -> argparse.ArgumentParser:
         default=",".join(TARGETS),
         help="compute capabilities that TensorRT for RTX's engines are for (default: %(default)s)",
     )
+    command.add_argument(
+        "--bake",
+        metavar="WxH",
+        help="sizes of a camera's frames, as 1920x1080 or 640x480:grey: graphs from such a frame to its mask",
+    )
+    command.add_argument("--bake-outputs", metavar="NAMES", help="of these graphs, beside the mask: confidence, colors")
     command.add_argument("--report", type=Path, metavar="DIR", help="every image's figures, and the worst image drawn")
     command.add_argument(
         "--allow-accuracy-loss", action="store_true", help="write artifacts that fail the check; they will say so"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import subprocess
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from msa2net.errors import Msa2NetError
+from msa2net.runtimes import acceptance
 from msa2net.runtimes.backends import default_threads
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import processor_name
@@ -43,12 +43,9 @@ def require_folder(file: Path | None) -> None:
 
 
 def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    """Writes a result, if a file is named; what that held before stays whole until it is there."""
-    if file is None:
-        return
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    beside.replace(file)
+    """Writes a result, if a file is named."""
+    if file is not None:
+        acceptance.write_json(file, result)
 
 
 def version(package: str) -> str | None:

@@ -47,6 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         hardware_compatibility=arguments.hardware_compatibility,
         targets=arguments.targets.split(","),
+        bake=arguments.bake.split(",") if arguments.bake else (),
+        bake_outputs=arguments.bake_outputs.split(",") if arguments.bake_outputs else (),
         force=arguments.force,
     )
     bundle = Bundle(output)

@@ -10,26 +10,33 @@ pieces: an output sample has few inputs, and a table as wide as the frame would 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
+import openvino
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from openvino.passes import ConstantFolding, Manager
 
 from msa2net.errors import ExportError
-from msa2net.export import onnx_file
-from msa2net.runtimes.backends import ADDED
-from msa2net.runtimes.bundle import Manifest
+from msa2net.export import onnx_file, openvino_ir, parity
+from msa2net.runtimes import measure, postprocess, preprocess
+from msa2net.runtimes.backends import ADDED, FrameBackend, backend_class
+from msa2net.runtimes.bundle import Artifact, Manifest
 from msa2net.runtimes.postprocess import nearest_grid
 from msa2net.runtimes.preprocess import MAX_PIXELS, MAX_SIDE, place, resize_table
 
 EXTRAS = ("confidence", "colors")
 _MOST_TAPS = 12  # up to which OpenVINO fuses weighted rows; beyond, and elsewhere, products of blocks are faster
-_ROWS, _COLUMNS = 28, 14  # outputs of a block: more waste arithmetic on zeros, fewer on overlaps and calls
+_ALIGNMENT = 64  # bytes, of a constant in the file that is mapped
+_BLOCK = 28  # outputs of a block: more waste arithmetic on zeros, fewer on overlaps and calls
+# Inputs of a block: ONNX Runtime sums up to as many one after the other, as numpy does, and gets nearly the same bits.
+_MOST_INPUTS = 128
 
 
 @dataclass(frozen=True)
@@ -91,54 +98,71 @@ class _Graph:
         return self.add("Slice", x, *(self.const(np.array([value], np.int64)) for value in (start, end, axis)))
 
 
-def _spans(table: NDArray[np.float32], size: int) -> tuple[NDArray[np.intp], int]:
-    """For each `size` outputs of a table (m, n), the first input that they need, and of how many, the same for all."""
-    parts = [np.flatnonzero(table[at : at + size].any(0)) for at in range(0, len(table), size)]
-    count = max(int(part[-1] - part[0]) + 1 for part in parts)
-    return np.array([min(part[0], table.shape[1] - count) for part in parts]), count
+@dataclass(frozen=True)
+class _Blocks:
+    """A table (m, n) in blocks of `size` outputs; each needs `count` inputs from its entry in `starts` on."""
+
+    table: NDArray[np.float32]
+    size: int
+    starts: NDArray[np.intp]
+    count: int
+
+    @classmethod
+    def of(cls, table: NDArray[np.float32], size: int) -> _Blocks:
+        """As few blocks as `_MOST_INPUTS` allows, of at most `size` outputs."""
+        parts = [np.flatnonzero(table[at : at + size].any(0)) for at in range(0, len(table), size)]
+        count = max(int(part[-1] - part[0]) + 1 for part in parts)
+        if count > _MOST_INPUTS and size > 1:
+            return cls.of(table, size - 1)
+        return cls(table, size, np.array([min(part[0], table.shape[1] - count) for part in parts]), count)
+
+    def weights(self, number: int) -> NDArray[np.float32]:
+        """(outputs, count) of a block; the last may have fewer outputs."""
+        start = self.starts[number]
+        return self.table[number * self.size : (number + 1) * self.size, start : start + self.count]
 
 
-def _block(table: NDArray[np.float32], number: int, size: int, start: int, count: int) -> NDArray[np.float32]:
-    """(size, count) weights of a block; beyond the table's end they are 0."""
-    part = table[number * size : (number + 1) * size, start : start + count]
-    return np.pad(part, ((0, size - len(part)), (0, 0)))
-
-
-def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], width: int, fused: bool) -> str:
-    """(n, width) of uint8 or float32 -> (m, width) float32."""
+def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], fused: bool) -> str:
+    """(n, N) of uint8 or float32 -> (m, N) float32."""
     target, source = table.shape
     if target == source:
         return graph.cast(x, TensorProto.FLOAT)
-    starts, count = _spans(table, 1)
-    if fused and count <= _MOST_TAPS:
+    taps = _Blocks.of(table, 1)
+    if fused and taps.count <= _MOST_TAPS:
         total = ""
-        for tap in range(count):
-            weights = table[np.arange(target), starts + tap][:, None]
-            row = graph.cast(graph.gather(x, starts + tap, 0), TensorProto.FLOAT)
+        for tap in range(taps.count):
+            weights = table[np.arange(target), taps.starts + tap][:, None]
+            row = graph.cast(graph.gather(x, taps.starts + tap, 0), TensorProto.FLOAT)
             row = graph.add("Mul", row, graph.const(weights))
             total = graph.add("Add", total, row) if total else row
         return total
-    starts, count = _spans(table, _ROWS)
-    index = (starts[:, None] + np.arange(count)).ravel()
-    blocks = np.stack([_block(table, k, _ROWS, start, count) for k, start in enumerate(starts)])
-    x = graph.reshape(graph.gather(x, index, 0), len(starts), count, width)
-    x = graph.add("MatMul", graph.const(blocks), graph.cast(x, TensorProto.FLOAT))
-    x = graph.reshape(x, len(starts) * _ROWS, width)
-    return graph.slice(x, 0, target, 0) if len(starts) * _ROWS != target else x
+    # One after the other: the float32 of a block stays in the cache, that of a frame would not.
+    blocks, parts = _Blocks.of(table, _BLOCK), []
+    for k, start in enumerate(blocks.starts):
+        piece = graph.cast(graph.slice(x, int(start), int(start) + blocks.count, 0), TensorProto.FLOAT)
+        parts.append(graph.add("MatMul", graph.const(blocks.weights(k)), piece))
+    return graph.add("Concat", *parts, axis=0)
 
 
-def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], planes: int) -> str:
-    """(N, n * planes) float32 -> (N, m * planes), the planes of a pixel side by side."""
+def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], height: int, planes: int, fused: bool) -> str:
+    """(height, n * planes) float32, the planes of a pixel side by side -> (planes, height, m)."""
     target, source = table.shape
-    if target == source:
-        return x
-    starts, count = _spans(table, _COLUMNS)
-    parts = []
-    for k, start in enumerate(starts):
-        piece = graph.slice(x, int(start) * planes, int(start + count) * planes, 1)
-        weights = _block(table, k, _COLUMNS, int(start), count)[: target - k * _COLUMNS]
-        parts.append(graph.add("MatMul", piece, graph.const(np.kron(weights.T, np.eye(planes, dtype=np.float32)))))
-    return graph.add("Concat", *parts, axis=1)
+    # OpenVINO multiplies the planes as they lie; elsewhere that would be three times as many inputs, most of them 0.
+    apart = not fused or planes == 1
+    if apart:
+        x = graph.add("Transpose", graph.reshape(x, height, source, planes), perm=[2, 0, 1]) if planes > 1 else x
+        x = graph.reshape(x, planes * height, source)
+    if target != source:
+        blocks = _Blocks.of(table, _BLOCK // 2)
+        beside, parts = 1 if apart else planes, []
+        for k, start in enumerate(blocks.starts):
+            piece = graph.slice(x, int(start) * beside, int(start + blocks.count) * beside, 1)
+            weights = np.kron(blocks.weights(k).T, np.eye(beside, dtype=np.float32))
+            parts.append(graph.add("MatMul", piece, graph.const(weights)))
+        x = graph.add("Concat", *parts, axis=1)
+    if apart:
+        return graph.reshape(x, planes, height, target)
+    return graph.add("Transpose", graph.reshape(x, height, target, planes), perm=[2, 0, 1])
 
 
 def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
@@ -152,17 +176,18 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
     graph, spot, planes = _Graph("front"), place(contract, size.rows, size.columns), 3 if size.colour else 1
     x = graph.reshape("frame", size.rows, size.columns * planes)
     rows = resize_table(contract.resize, size.rows, spot.height)
-    x = _resize_rows(graph, x, rows, size.columns * planes, fused)
-    x = _resize_columns(graph, x, resize_table(contract.resize, size.columns, spot.width), planes)
-    x = graph.add("Transpose", graph.reshape(x, spot.height, spot.width, planes), perm=[2, 0, 1])
+    x = _resize_rows(graph, x, rows, fused)
+    columns = resize_table(contract.resize, size.columns, spot.width)
+    x = _resize_columns(graph, x, columns, spot.height, planes, fused)
     x = graph.reshape(x, 1, planes, spot.height, spot.width)
     below, right = contract.height - spot.top - spot.height, contract.width - spot.left - spot.width
     if below or right or spot.top or spot.left:
         edges = np.array([0, 0, spot.top, spot.left, 0, 0, below, right], np.int64)
         x = graph.add("Pad", x, graph.const(edges))
-    mean, std = (np.asarray(each, np.float64).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
-    x = graph.add("Mul", x, graph.const((1 / (255 * std)).astype(np.float32)))
-    graph.add("Add", x, graph.const((-mean / std).astype(np.float32)), output="image")
+    # In the order of `to_tensor`: the fewer last bits differ, the fewer values int8 rounds another way.
+    mean, std = (np.asarray(each, np.float32).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
+    x = graph.add("Sub", graph.add("Div", x, *_number(graph, 255)), graph.const(mean))
+    graph.add("Div", x, graph.const(std), output="image")
     image = (1, contract.channels, contract.height, contract.width)
     return _model(graph, "front", [("frame", TensorProto.UINT8, size.shape)], [("image", TensorProto.FLOAT, image)])
 
@@ -179,16 +204,20 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
         x = graph.reshape(graph.add("Softmax", x, axis=0), classes, spot.height, spot.width)
         x = graph.add("Transpose", x, perm=[1, 0, 2])
         x = graph.reshape(x, spot.height, classes * spot.width)
-        x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), classes * spot.width, fused)
+        x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), fused)
         x = graph.reshape(x, size.rows * classes, spot.width)
-        x = _resize_columns(graph, x, resize_table("bilinear", spot.width, size.columns), 1)
+        x = _resize_columns(graph, x, resize_table("bilinear", spot.width, size.columns), size.rows * classes, 1, fused)
         x = graph.add("Transpose", graph.reshape(x, size.rows, classes, size.columns), perm=[1, 0, 2])
         shares = x
-    elif "confidence" in extras:
-        shares = graph.add("Softmax", x, axis=0)
-    if classes == 2:  # a comparison is argmax, and cheaper
-        x = graph.add("Greater", graph.gather(x, np.array(1), 0), graph.gather(x, np.array(0), 0))
+    best = ""
+    if classes == 2:  # a comparison is argmax, and cheaper; and so is the larger of two shares
+        pair = graph.gather(x, np.array(1), 0), graph.gather(x, np.array(0), 0)
+        if "confidence" in extras and not shares:
+            best = graph.add("Sigmoid", graph.add("Abs", graph.add("Sub", *pair)))
+        x = graph.add("Greater", *pair)
     else:
+        if "confidence" in extras and not shares:
+            shares = graph.add("Softmax", x, axis=0)
         x = graph.add("ArgMax", x, axis=0, keepdims=0)
     small = graph.cast(x, TensorProto.UINT8)
 
@@ -200,7 +229,7 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
     mask = enlarged(small, "mask")
     outputs: list[tuple[str, int, Sequence[int]]] = [("mask", TensorProto.UINT8, whole)]
     if "confidence" in extras:
-        best = graph.add("ReduceMax", shares, graph.const(np.array([0])), keepdims=0)
+        best = best or graph.add("ReduceMax", shares, graph.const(np.array([0])), keepdims=0)
         scaled = graph.add(
             "Floor", graph.add("Add", graph.add("Mul", best, *_number(graph, 255)), *_number(graph, 0.5))
         )
@@ -216,6 +245,46 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
 
 def _number(graph: _Graph, value: float) -> tuple[str]:
     return (graph.const(np.array(value, np.float32)),)
+
+
+def write(
+    folder: Path, manifest: Manifest, artifact: Artifact, size: FrameSize, extras: Sequence[str]
+) -> tuple[str, ...]:
+    """Writes the artifact's graph for frames of this size; returns its files below `folder`."""
+    first = artifact.files[0].path
+    target = f"{first.rpartition('.')[0]}-{str(size).replace(':', '-')}.{first.rpartition('.')[2]}"
+    files = [folder / file.path for file in artifact.files]
+    if artifact.runtime == "onnxruntime":
+        onnx_baked(files[0], manifest, size, extras, folder / target)
+        return (target,)
+    openvino_baked(files, manifest, size, extras, folder / target)
+    return target, artifact.files[1].path
+
+
+def agreement(
+    folder: Path, manifest: Manifest, artifact: Artifact, files: Sequence[str], size: FrameSize, frames: int = 4
+) -> float:
+    """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`."""
+    network = _opened(folder, manifest, artifact, [file.path for file in artifact.files])
+    whole = _opened(folder, manifest, artifact, files)
+    equal = []
+    for case in parity.sized_cases(size.rows, size.columns, size.colour, frames):
+        (raw,) = network(preprocess.to_tensor(case.frame, manifest.input))
+        _, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
+        equal.append(measure.pixel_agreement(mask, whole(case.frame)[1]))
+    return sum(equal) / frames
+
+
+def _opened(
+    folder: Path, manifest: Manifest, artifact: Artifact, files: Sequence[str]
+) -> Callable[[NDArray[Any]], list[NDArray[Any]]]:
+    """A model as a function. fp16 in ONNX Runtime's own emulation, as both sides of the comparison are."""
+    paths = tuple(str(folder / file) for file in files)
+    if artifact.precision != "fp16":
+        kind = cast("type[FrameBackend]", backend_class(artifact.runtime))
+        return kind(paths, manifest, "CPU", artifact.precision, 1, None, artifact.rest).run
+    session = onnx_file.session(onnx.load(paths[0]))
+    return lambda x: list(session.run(None, {session.get_inputs()[0].name: x}))
 
 
 _Ends = Sequence[tuple[str, int, Sequence[int]]]
@@ -241,3 +310,63 @@ def onnx_baked(network: Path, manifest: Manifest, size: FrameSize, extras: Seque
     graph.output.extend(last.output)
     onnx_file.check(model)
     target.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def openvino_baked(
+    files: Sequence[Path], manifest: Manifest, size: FrameSize, extras: Sequence[str], target: Path
+) -> None:
+    """Writes an IR with both ends to `target`; its constants lie in the network's own `.bin`, which gets the new ones.
+
+    files   the network's `.xml` and `.bin`
+    """
+    core = openvino.Core()
+    model = core.read_model(*files)
+    first, last = (
+        core.read_model(end.SerializeToString())
+        for end in (front(manifest, size, True), back(manifest, size, extras, True))
+    )
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    for end in (first, last):
+        manager.run_passes(end)
+    (logits,) = model.get_results()
+    for after, before in ((model, first.get_results()[0].input_value(0)), (last, logits.input_value(0))):
+        (taken,) = after.get_parameters()
+        for each in taken.output(0).get_target_inputs():
+            each.replace_source_output(before)
+    whole = openvino.Model([logits, *last.get_results()], first.get_parameters(), "baked")
+    openvino_ir.number_unnamed(whole)
+    openvino.save_model(whole, target, compress_to_fp16=False)
+    tree = ElementTree.parse(target)
+    for layer in tree.getroot().iter("layer"):
+        if layer.get("name", "").startswith(ADDED):
+            openvino_ir.mark(layer)  # the frame's values do not fit into bf16
+    own = target.with_suffix(".bin")
+    _share_constants(tree, own.read_bytes(), *files)
+    own.unlink()
+    tree.write(target, encoding="utf-8", xml_declaration=True)
+
+
+def _share_constants(tree: Any, content: bytes, xml: Path, weights: Path) -> None:
+    """Lets the IR's constants, whose bytes are in `content`, refer to `weights`; what is not there is appended."""
+    held = weights.read_bytes()
+    known = {held[start:end]: start for start, end in map(_place, _constants(ElementTree.parse(xml)))}
+    with weights.open("ab") as file:
+        for data in _constants(tree):
+            start, end = _place(data)
+            piece = content[start:end]
+            if piece not in known:
+                file.write(bytes(-file.tell() % _ALIGNMENT))
+                known[piece] = file.tell()
+                file.write(piece)
+            data.set("offset", str(known[piece]))
+
+
+def _constants(tree: Any) -> list[ElementTree.Element]:
+    found = [layer.find("data") for layer in tree.getroot().iter("layer") if layer.get("type") == "Const"]
+    return [data for data in found if data is not None]
+
+
+def _place(data: ElementTree.Element) -> tuple[int, int]:
+    start = int(data.get("offset", ""))
+    return start, start + int(data.get("size", ""))

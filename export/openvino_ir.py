@@ -48,14 +48,20 @@ def keep(xml: Path, target: Path, places: Collection[str]) -> int:
     for layer in tree.getroot().iter("layer"):
         if layer.get("type") in _NOT_RUN or place_of(layer.get("name", "")) not in places:
             continue
-        info = layer.find("rt_info")
-        if info is None:
-            info = ElementTree.Element("rt_info")
-            layer.insert(1 if layer.find("data") is not None else 0, info)
-        ElementTree.SubElement(info, "attribute", name="precise", version="0")
+        mark(layer)
         marked += 1
     tree.write(target, encoding="utf-8", xml_declaration=True)
     return marked
+
+
+def mark(layer: ElementTree.Element) -> None:
+    """Lets a layer of an IR run in fp32 whatever the precision of the rest."""
+    info = layer.find("rt_info")
+    if info is None:
+        info = ElementTree.Element("rt_info")
+        layer.insert(1 if layer.find("data") is not None else 0, info)
+    if info.find("attribute[@name='precise']") is None:
+        ElementTree.SubElement(info, "attribute", name="precise", version="0")
 
 
 class Bf16:

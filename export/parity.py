@@ -71,6 +71,16 @@ def phantom_cases(grey: bool, count: int = 40) -> list[Case]:
     return cases
 
 
+def sized_cases(rows: int, columns: int, colour: bool, count: int = 1) -> list[Case]:
+    """Phantoms of one size, in colour or grey."""
+    cases = []
+    for i in range(count):
+        image = phantom(KINDS[i % len(KINDS)], PHANTOM_SEED + 1000 + i, (rows, columns)).image
+        frame = image if colour else np.ascontiguousarray(image[..., 1])
+        cases.append(Case(f"phantom {columns}x{rows} {i}", frame))
+    return cases
+
+
 def saturating_case() -> Case:
     """A golden frame of black and white blocks: its large sums show a CPU that cuts them off, see `export.quantize`."""
     blocks = np.random.default_rng(0).integers(0, 2, (7, 7), np.uint8) * 255

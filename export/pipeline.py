@@ -24,16 +24,26 @@ from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
+from msa2net.export import bake as baking
 from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize, sbom, tensorrt
 from msa2net.export.calibration import Tensors
 from msa2net.export.writer import check_target, new_bundle
-from msa2net.runtimes.backends import INT8, backend_class, candidates, cpu_lacks, default_threads, why_not_precision
+from msa2net.runtimes.backends import (
+    BAKED,
+    INT8,
+    backend_class,
+    candidates,
+    cpu_lacks,
+    default_threads,
+    why_not_precision,
+)
 from msa2net.runtimes.bundle import (
     ENLARGE_OF,
     ENLARGE_RULES,
     FITS,
     HARDWARE_COMPATIBILITY,
     MANIFEST,
+    MOST_BAKED,
     MOST_IMAGES,
     RESIZE_RULES,
     SCHEMA_VERSION,
@@ -90,6 +100,9 @@ _GOLDEN_CASES, _SCAN_CASES = 2, 8
 _TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it is
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
 _MOST_LOST = LEVELS["high"][1] * 2 / 3  # points of the worst image: other images than the judged ones lose more
+# Of a baked graph's pixels, those of the artifact behind `preprocess`. Sums in another order change the last bits of
+# the image, and of some hundred thousand values a lower precision rounds a few the other way.
+LEAST_EQUAL_BAKED = {"fp32": 0.9999, "lower": 0.9995}
 _ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
 _RANKED_ON = 4  # of the calibration images: there are five times as many places in int8 as in bf16
 
@@ -119,6 +132,8 @@ def export_bundle(
     batch: int = 1,
     hardware_compatibility: str = "none",
     targets: Sequence[str] = TARGETS,
+    bake: Sequence[str] = (),
+    bake_outputs: Sequence[str] = (),
     force: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -148,6 +163,9 @@ def export_bundle(
     batch       images that TensorRT's engine takes at once at most; 1: its shapes are fixed
     hardware_compatibility  of an engine that TensorRT builds, one of `bundle.HARDWARE_COMPATIBILITY`
     targets     compute capabilities that TensorRT for RTX's engines are for, such as "8.6"
+    bake        sizes of a camera's frames, as "1920x1080" or "1920x1080:grey" (columns x rows): ONNX Runtime's and
+                OpenVINO's artifacts come besides as graphs from such a frame to its mask, see `export.bake`
+    bake_outputs  what these graphs give beside the mask and the logits: "confidence", "colors"
     force       replace an existing bundle
 
     Raises CheckpointError, and ExportError (target exists, a class list of the wrong length, parity missed with the
@@ -177,6 +195,7 @@ def export_bundle(
             backend_class(runtime)
     if "tensorrt-rtx" in runtimes:
         tensorrt.require(targets)
+    sizes = _frame_sizes(bake, bake_outputs, runtimes, channels)
     recipe = {
         "batch": batch,
         "workspace": _WORKSPACE,
@@ -251,6 +270,8 @@ def export_bundle(
         golden = parity.phantom_cases(grey=channels == 1, count=_GOLDEN_CASES)
         if int8:
             golden.append(parity.saturating_case())
+        for size in sizes:
+            golden += parity.sized_cases(size.rows, size.columns, size.colour)
         document["golden"] = [
             {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
         ]
@@ -306,7 +327,9 @@ def export_bundle(
         document["artifacts"] = [
             entry for entry in document["artifacts"] if (entry["runtime"], entry["precision"]) in wanted
         ]
-        listed = {file["path"] for entry in document["artifacts"] for file in entry["files"]}
+        _bake(folder, document, sizes, [each for each in baking.EXTRAS if each in bake_outputs], bar)
+        graphs = [*document["artifacts"], *(each for entry in document["artifacts"] for each in entry.get("baked", ()))]
+        listed = {file["path"] for each in graphs for file in each["files"]}
         for file in [file for name in ("onnx", "openvino", "tensorrt", "torch") for file in (folder / name).glob("*")]:
             if file.relative_to(folder).as_posix() not in listed:
                 file.unlink()  # made only to be lowered, or not shipped
@@ -354,6 +377,52 @@ def _engine(
     about["versions"] = source["versions"] | {"tensorrt_rtx": version}
     about["recipe"] = source["recipe"] | tensorrt.needs(version, targets)
     return source | about | {"built_from": model["sha256"]}
+
+
+def _frame_sizes(
+    texts: Sequence[str], outputs: Sequence[str], runtimes: Sequence[str], channels: int
+) -> tuple[baking.FrameSize, ...]:
+    """The sizes to bake graphs for. Raises ExportError for what no graph could have."""
+    sizes = tuple(dict.fromkeys(map(baking.FrameSize.parse, texts)))
+    if unknown := [each for each in outputs if each not in baking.EXTRAS]:
+        raise ExportError("--bake-outputs", f"got {unknown[0]!r}", f"expected {', '.join(baking.EXTRAS)}", "Check it.")
+    if sizes and not set(runtimes) & set(BAKED):
+        raise ExportError("--bake", "no runtime takes it", f"expected {' or '.join(BAKED)} among them", "Add one.")
+    if len(sizes) > MOST_BAKED:
+        raise ExportError("--bake", f"got {len(sizes)} sizes", f"expected at most {MOST_BAKED}", "Name fewer.")
+    if channels == 1 and (colour := [size for size in sizes if size.colour]):
+        raise ExportError(
+            "--bake", f"got {colour[0]}", "expected grey: the network takes grey", f"As {colour[0]}:grey."
+        )
+    return sizes
+
+
+def _bake(
+    folder: Path, document: dict[str, Any], sizes: Sequence[baking.FrameSize], extras: Sequence[str], bar: Any
+) -> None:
+    """Bakes the artifacts of the CPU's runtimes, holds each graph against its artifact, and adds it to the entry."""
+    manifest = parse_manifest(json.dumps(document).encode())
+    for entry, artifact in zip(document["artifacts"], manifest.artifacts, strict=True):
+        if artifact.runtime not in BAKED:
+            continue
+        for size in sizes:
+            bar.set_postfix_str(f"{artifact.name}, {size}")
+            files = baking.write(folder, manifest, artifact, size, extras)
+            least = LEAST_EQUAL_BAKED["fp32" if artifact.precision == "fp32" else "lower"]
+            if (found := baking.agreement(folder, manifest, artifact, files, size)) < least:
+                raise ExportError(
+                    f"{artifact.name}, baked for {size}",
+                    f"{found:.4%} of the pixels are equal to those without it",
+                    f"expected {least:.2%}",
+                    "Leave --bake out, and report it.",
+                )
+            about = {"frame": list(size.shape), "outputs": ["logits", "mask", *extras], "pixel_agreement": found}
+            entry.setdefault("baked", []).append(about | {"files": list(files)})
+    for entry in document["artifacts"]:  # only now: the graphs of two artifacts may add to one file
+        if entry["runtime"] in BAKED and sizes:
+            entry["files"] = [_file_entry(folder, file["path"]) for file in entry["files"]]
+            for graph in entry["baked"]:
+                graph["files"] = [_file_entry(folder, path) for path in graph["files"]]
 
 
 @contextmanager

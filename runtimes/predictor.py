@@ -221,6 +221,7 @@ class Predictor:
         minimum_version: str | None = None,
         require_signature: str | Path | None = None,
         frame_shape: tuple[int, ...] | None = None,
+        self_test: bool = False,
     ) -> Predictor:
         """Loads a bundle, or the demo model with a DemoModelWarning if `path` is None.
 
@@ -242,10 +243,11 @@ class Predictor:
                     see `runtimes.signature`
         frame_shape  (H, W) or (H, W, 3): load only the graph that is baked for such uint8 frames, and refuse others.
                     If None, the network and all that is baked are loaded, and a frame takes the graph that it fits.
+        self_test   run the golden frames, and refuse to start if this device's masks are off
 
         Raises BundleError (damaged, changed, unknown schema; as SignatureError, without the signature that is asked
         for) and RuntimeUnavailableError (unknown, not installed, no such precision or device, or a model that the
-        runtime cannot load).
+        runtime cannot load); with `self_test`, OutputError.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
             raise RuntimeUnavailableError(
@@ -306,8 +308,11 @@ class Predictor:
                 graphs[part.frame], slot = loaded(part)
                 slots.append(slot)
             predictor = cls(bundle, artifact, network, graphs)
-            if network and network.backend.facts.built:
-                predictor._prove(network.backend)
+            built = network and network.backend.facts.built
+            if built or self_test:
+                verdict = predictor._prove(built=bool(built))
+                if network and built:
+                    network.backend.keep(verdict)
             if problem := next((slot for slot in slots if slot and slot.problem), None):
                 warnings.warn(
                     f"cache {problem.folder}: the compiled model is not kept ({problem.problem}), so the next start "
@@ -318,17 +323,17 @@ class Predictor:
             failed.pop_all()
         return predictor
 
-    def _prove(self, backend: Backend) -> None:
-        """Runs the golden frames on what was just built, and keeps it. Raises OutputError if they do not pass."""
+    def _prove(self, built: bool) -> dict[str, Any]:
+        """Runs the golden frames and returns their verdict. Raises OutputError if they do not pass."""
         verdict = self.self_test()
         if not verdict.passed:
             raise OutputError(
                 f"runtime {self.execution.runtime!r}",
-                f"what it built on this device does not do what was exported ({verdict})",
+                f"what {'it built' if built else 'runs'} on this device does not do what was exported ({verdict})",
                 "expected the golden frames to pass",
                 "Do not use it on this device: update the runtime and its driver, or take another runtime.",
             )
-        backend.keep(asdict(verdict) | {"passed": True})
+        return asdict(verdict) | {"passed": True}
 
     def predict(self, frame: Any, *, bits: int | None = None) -> Segmentation:
         """Segments one frame.
@@ -432,7 +437,7 @@ class Predictor:
         difference, agreement, frames = 0.0, 1.0, 0
         for entry in self.bundle.manifest.golden:
             frame = self._golden(entry.frame)
-            if self._network is None and frame.shape not in self._baked:
+            if not self._takes(frame):
                 continue
             frames += 1
             try:
@@ -446,6 +451,14 @@ class Predictor:
             raise BundleError("golden", "no frame is of the shape that was loaded", "expected one", "Export it again.")
         tolerance = self.artifact.tolerance
         return SelfTest(frames, difference, tolerance.logit, agreement, tolerance.pixels)
+
+    def golden_frames(self) -> list[NDArray[Any]]:
+        """The bundle's golden frames that this predictor takes. Raises BundleError if one changed."""
+        frames = (self._golden(entry.frame) for entry in self.bundle.manifest.golden)
+        return [frame for frame in frames if self._takes(frame)]
+
+    def _takes(self, frame: NDArray[Any]) -> bool:
+        return self._network is not None or (frame.dtype == np.uint8 and frame.shape in self._baked)
 
     def _golden(self, path: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
         """A golden array; BundleError if it is damaged, or not finite or not of `like`'s dtype and shape."""

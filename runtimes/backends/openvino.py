@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from msa2net.errors import RuntimeUnavailableError
 from msa2net.runtimes.backends import ADDED, INT8, Facts, why_not_precision
-from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.bundle import BAKED_OUTPUTS, Manifest
 from msa2net.runtimes.cache import Entry, Slot
 
 
@@ -44,6 +44,7 @@ openvino = _import_openvino()
 _HINTS = {"fp32": openvino.Type.f32, "bf16": openvino.Type.bf16, "fp16": openvino.Type.f16}
 # Layers that move or hold data: the precision they are labelled with is not computed in.
 _NO_COMPUTE = {"Const", "Input", "Output", "Reorder", "Reshape"}
+_ENDS = ("Input", "Output")  # of uint8, in a baked graph
 _BLOB = "model.blob"
 _GRAPH_ALONE = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # an exported model refers to its weights' file
 
@@ -75,7 +76,7 @@ def _is_added(names: str) -> bool:
 
     names   of the nodes that it was made from, separated by commas
     """
-    return bool(names) and all(name.startswith(ADDED) for name in names.split(","))
+    return bool(names) and all(name.startswith(ADDED) or name in BAKED_OUTPUTS[1:] for name in names.split(","))
 
 
 class OpenVinoBackend:
@@ -162,7 +163,9 @@ class OpenVinoBackend:
         return [
             (str(info["layerType"].value), str(info["runtimePrecision"].value))
             for info in infos
-            if "runtimePrecision" in info and not _is_added(str(info["originalLayersNames"].value))
+            if "runtimePrecision" in info
+            and str(info["layerType"].value) not in _ENDS
+            and not _is_added(str(info["originalLayersNames"].value))
         ]
 
     def _require_precision(self, asked: str, wanted: Any, executed: set[str], computed: Collection[str]) -> str:

@@ -1,0 +1,143 @@
+"""The acceptance test on a device, as one report for the file: `msa2net selftest BUNDLE --report FILE`.
+
+Every file against its sum, the golden frames within the manifest's tolerances, the time of an inference beside that
+recorded at export, and what the device is. The report names no path and no host.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from msa2net.errors import Msa2NetError
+from msa2net.runtimes.backends import RUNTIMES
+from msa2net.runtimes.bundle import Bundle
+from msa2net.runtimes.cache import cpu_features, processor_name
+from msa2net.runtimes.measure import percentile
+from msa2net.runtimes.predictor import Predictor
+
+FORMAT, ROUNDS = 1, 50
+PAUSE = 0.004  # seconds before each frame, for the threads of the last to come to rest
+
+
+def accept(
+    bundle: str | Path, load: Callable[[], Predictor], *, rounds: int = ROUNDS, limit: float | None = None
+) -> dict[str, Any]:
+    """The report, as `msa2net selftest` writes it; `passed` is what counts.
+
+    load     makes the predictor as the device will
+    rounds   how often each golden frame that fits is timed
+    limit    milliseconds that 99 of 100 frames, all included, may take at most; None: no limit
+
+    Raises BundleError, SignatureError and RuntimeUnavailableError where nothing can be tested.
+    """
+    files = Bundle(bundle).verify()
+    start = time.monotonic()
+    with load() as predictor:
+        loaded = time.monotonic() - start
+        golden = predictor.self_test()
+        times = _times(predictor, rounds)
+        manifest, artifact, execution = predictor.bundle.manifest, predictor.artifact, predictor.execution
+    reasons = [] if golden.passed else [str(golden)]
+    slowest = max(entry["p99"] or entry["longest"] for entry in times)
+    if limit is not None and slowest > limit:
+        reasons.append(f"99 of 100 frames take {slowest:.2f} ms at most, the limit is {limit:g}")
+    recorded = artifact.speed.milliseconds[0] if artifact.speed else None
+    inference = min(entry["inference"] for entry in times)
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "passed": not reasons,
+        "reasons": reasons,
+        "bundle": {
+            "digest": predictor.bundle.digest,
+            "files": files,
+            "model": manifest.model_name,
+            "model_version": manifest.model_version,
+            "schema_version": "{}.{}".format(*manifest.schema_version),
+            "signature": execution.signature,
+        },
+        "artifact": {
+            "name": artifact.name,
+            "accuracy": artifact.accuracy,
+            "sha256": {entry.path: entry.sha256 for entry in artifact.files},
+        },
+        "golden": asdict(golden) | {"passed": golden.passed},
+        "seconds_to_load": round(loaded, 3),
+        "milliseconds": times,
+        "inference_at_export": {
+            "milliseconds": recorded,
+            "machine": artifact.speed.machine if artifact.speed else None,
+            "ratio": round(inference / recorded, 3) if recorded else None,
+        },
+        "execution": execution.to_json(),
+        "device": _device(execution.runtime),
+    }
+
+
+def _times(predictor: Predictor, rounds: int) -> list[dict[str, Any]]:
+    """Of each shape among the golden frames: milliseconds of a frame, all included, and of the inference alone."""
+    found = []
+    for frame in {frame.shape: frame for frame in predictor.golden_frames()}.values():
+        samples = []
+        for _ in range(rounds + 2):
+            time.sleep(PAUSE)
+            segmentation = predictor.predict(frame)
+            samples.append(segmentation.timings)
+        totals, inferences = [each.total for each in samples[2:]], [each.inference for each in samples[2:]]
+        found.append(
+            {
+                "frame": list(frame.shape),
+                "graph": segmentation.execution.graph,
+                "n": rounds,
+                "p50": round(statistics.median(totals), 3),
+                "p99": percentile(totals, 99),
+                "longest": round(max(totals), 3),
+                "inference": round(statistics.median(inferences), 3),
+            }
+        )
+    return found
+
+
+def _device(runtime: str) -> dict[str, Any]:
+    entry = RUNTIMES[runtime]
+    names = ("msa2net-edge", "numpy", "pillow", *(module.replace(".", "-") for module in entry.modules))
+    return {
+        "processor": processor_name(),
+        "architecture": platform.machine(),
+        "cpu_features": sorted(cpu_features()),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: found for name in names if (found := _version(name))},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(file: Path, result: dict[str, Any]) -> None:
+    """Writes a result; what the file held before stays whole until it is there, and is lost in no power cut."""
+    beside = file.with_name(f".{file.name}.partial")
+    try:
+        with beside.open("w", encoding="utf-8") as out:
+            out.write(json.dumps(result, indent=1) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise Msa2NetError(file, f"cannot be written ({error.strerror})", "", "Name another file.") from error
