@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 # A release that all exports here were checked with; a CPU build serves.
 TORCH ?= torch==2.13.0
 DEMO := build/demo
+CPP_TOOLS := cmake g++ libssl-dev nlohmann-json3-dev
 
-.PHONY: demo test check slow versions locks torch-tensorrt train clean
+.PHONY: demo test cpp-tools check slow versions locks torch-tensorrt train clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,13 +23,18 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.demo --bundle $(DEMO).bundle --output $(DEMO)
 	$(BIN)/python -m benchmarks.latency --bundle $(DEMO).bundle --quick
 
-test: $(VENV)/installed check
+test: $(VENV)/installed check cpp-tools
 	$(BIN)/python -m pytest
+
+# What the C++ library is built with. Where they are not there and cannot be installed its tests are skipped, and say so.
+cpp-tools:
+	dpkg --status $(CPP_TOOLS) > /dev/null 2>&1 || test "$$(id -u)" != 0 || \
+	    ( apt-get update -qq && apt-get install -qq -y --no-install-recommends $(CPP_TOOLS) ) || true
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror core/kernels/csrc/*.[ch]* tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror core/kernels/csrc/*.[ch]* runtimes/cpp/*.[ch]* tests/*.cpp
 	mkdir -p build/types && ln -sfn ../.. build/types/msa2net
 	MYPYPATH=build/types $(BIN)/mypy -p msa2net
 

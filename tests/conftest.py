@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,20 @@ def examples() -> Callable[[str], Path]:
     from pydicom.examples import get_path
 
     return lambda name: Path(get_path(name))
+
+
+@pytest.fixture(scope="session")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo with graphs for two shapes, checked on few phantoms; tests only read it."""
+    from msa2net.export import export_bundle, parity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "phantom_cases", partial(parity.phantom_cases, count=2))
+        return export_bundle(
+            DEMO_BUNDLE.parents[1] / "core" / "demo.safetensors",
+            tmp_path_factory.mktemp("baked") / "demo.bundle",
+            runtimes=("onnxruntime", "openvino", "pytorch"),
+            bake=("320x180", "128x96:grey"),
+            bake_outputs=("colors", "confidence"),
+            progress=False,
+        )

@@ -101,21 +101,6 @@ def test_a_size_is_columns_by_rows() -> None:
 # A bundle -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def baked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo with graphs for two shapes, checked on few phantoms; tests only read it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "phantom_cases", partial(parity.phantom_cases, count=2))
-        return export_bundle(
-            DEMO,
-            tmp_path_factory.mktemp("baked") / "demo.bundle",
-            runtimes=(*BAKED, "pytorch"),
-            bake=("320x180", "128x96:grey"),
-            bake_outputs=("colors", "confidence"),
-            progress=False,
-        )
-
-
 def frame(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     image = phantom("dermoscopy", 78, (shape[0], shape[1])).image
     return image if len(shape) == 3 else np.ascontiguousarray(image[..., 1])

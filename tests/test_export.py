@@ -1075,7 +1075,7 @@ def test_force_replaces_a_bundle_and_leaves_nothing_else(
     target = quick(checkpoint, tmp_path / "b", name="old")
     quick(checkpoint, target, name="new", force=True)
     bundle = Bundle(target)
-    assert bundle.verify() == 8
+    assert bundle.verify() == 10
     assert bundle.manifest.model_name == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
@@ -1132,7 +1132,7 @@ def test_a_killed_export_leaves_the_name_as_it_was_and_the_next_one_clears_up(
     assert len(litter) == 1
     assert target.exists() == old
     if old:
-        assert Bundle(target).verify() == 8
+        assert Bundle(target).verify() == 10
         assert Bundle(target).manifest.model_name == "old"
     quick(checkpoint, tmp_path / "next")
     assert sorted(path.name for path in tmp_path.iterdir()) == (["b", "next"] if old else ["next"])

@@ -1,0 +1,546 @@
+// See msa2net.h. The steps and their order are those of runtimes/BUNDLE.md, section 3.
+#include "msa2net.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <openssl/evp.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <openvino/openvino.hpp>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using Json = nlohmann::json;
+using Bytes = std::vector<std::uint8_t>;
+
+constexpr std::size_t kMostBytes = std::size_t{1} << 20;  // of the sums and of the manifest
+constexpr std::size_t kMostGraph = std::size_t{1} << 28;
+constexpr int kMostDepth = 32;  // of the manifest
+constexpr std::int32_t kMostSide = 32768;
+const std::string kSums = "SHA256SUMS", kManifest = "manifest.json";
+const std::string kCopy = "Copy the bundle anew.", kExport = "Export the model again.";
+
+thread_local std::string last_error;
+
+struct Failure {
+  int code;
+  std::string text;
+};
+
+[[noreturn]] void fail(int code, const std::string& place, const std::string& found, const std::string& expected,
+                       const std::string& advice) {
+  std::string text = place + ": " + found + (expected.empty() ? "" : ", expected " + expected) + ". " + advice;
+  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  throw Failure{code, text};
+}
+
+[[noreturn]] void refuse(const std::string& place, const std::string& found, const std::string& expected,
+                         const std::string& advice = kCopy) {
+  fail(MSA2NET_BUNDLE, place, found, expected, advice);
+}
+
+// Files ----------------------------------------------------------------------------------------------------------
+
+class Descriptor {
+ public:
+  explicit Descriptor(int value) : value_(value) {}
+  Descriptor(Descriptor&& other) noexcept : value_(std::exchange(other.value_, -1)) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  Descriptor& operator=(Descriptor&&) = delete;
+  ~Descriptor() {
+    if (value_ >= 0) ::close(value_);
+  }
+  int get() const { return value_; }
+  std::string path() const { return "/proc/self/fd/" + std::to_string(value_); }
+
+ private:
+  int value_;
+};
+
+Descriptor open_file(int folder, const std::string& path) {
+  Descriptor file(::openat(folder, path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
+  if (file.get() < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
+  struct stat about{};
+  if (::fstat(file.get(), &about) != 0 || !S_ISREG(about.st_mode)) refuse(path, "is no file", "a regular file");
+  return file;
+}
+
+Bytes read_all(const Descriptor& file, const std::string& path, std::size_t most) {
+  Bytes content;
+  std::array<std::uint8_t, 1 << 16> buffer;
+  for (off_t at = 0;;) {
+    const ssize_t got = ::pread(file.get(), buffer.data(), buffer.size(), at);
+    if (got < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
+    if (got == 0) return content;
+    content.insert(content.end(), buffer.begin(), buffer.begin() + got);
+    if (content.size() > most) refuse(path, "has over " + std::to_string(most) + " bytes", "fewer");
+    at += got;
+  }
+}
+
+class Sha256 {
+ public:
+  Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
+    if (!context_ || EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) != 1)
+      fail(MSA2NET_UNAVAILABLE, "SHA-256", "OpenSSL cannot compute it", "", "Check its installation.");
+  }
+  void add(const std::uint8_t* data, std::size_t size) { EVP_DigestUpdate(context_.get(), data, size); }
+  std::string hex() {
+    std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
+    unsigned size = 0;
+    EVP_DigestFinal_ex(context_.get(), digest.data(), &size);
+    std::string text;
+    for (unsigned i = 0; i < size; ++i) {
+      text += "0123456789abcdef"[digest[i] >> 4];
+      text += "0123456789abcdef"[digest[i] & 15];
+    }
+    return text;
+  }
+
+ private:
+  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_;
+};
+
+std::string digest_of(const Bytes& content) {
+  Sha256 digest;
+  digest.add(content.data(), content.size());
+  return digest.hex();
+}
+
+void require_digest(const std::string& path, const std::string& found, const std::string& expected) {
+  if (found != expected) refuse(path, "changed: SHA-256 " + found.substr(0, 12), expected.substr(0, 12));
+}
+
+// The files below a folder, links, devices and hard links refused.
+void list_files(int folder, const std::string& prefix, std::set<std::string>& found) {
+  const int again = ::openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  DIR* const opened = again < 0 ? nullptr : ::fdopendir(again);
+  if (!opened) {
+    if (again >= 0) ::close(again);
+    refuse(prefix.empty() ? "the bundle" : prefix, "cannot be listed", "a readable folder");
+  }
+  const std::unique_ptr<DIR, int (*)(DIR*)> closing(opened, ::closedir);
+  errno = 0;
+  while (const dirent* entry = ::readdir(opened)) {
+    const std::string name = entry->d_name, path = prefix + name;
+    if (name == "." || name == "..") continue;
+    struct stat about{};
+    if (::fstatat(folder, name.c_str(), &about, AT_SYMLINK_NOFOLLOW) != 0)
+      refuse(path, std::strerror(errno), "a file or a folder");
+    if (S_ISREG(about.st_mode)) {
+      if (about.st_nlink > 1) refuse(path, "is a hard link", "a file without another name");
+      found.insert(path);
+    } else if (S_ISDIR(about.st_mode)) {
+      const Descriptor inner(::openat(folder, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
+      if (inner.get() < 0) refuse(path, std::strerror(errno), "a readable folder");
+      list_files(inner.get(), path + "/", found);
+    } else {
+      refuse(path, "is a link or a device", "only regular files");
+    }
+    errno = 0;
+  }
+  if (errno != 0) refuse(prefix.empty() ? "the bundle" : prefix, std::strerror(errno), "a readable folder");
+}
+
+// SHA256SUMS and the manifest ------------------------------------------------------------------------------------
+
+std::map<std::string, std::string> parse_sums(const Bytes& content) {
+  std::map<std::string, std::string> sums;
+  const std::string text(content.begin(), content.end());
+  std::size_t number = 1;
+  for (std::size_t start = 0; start < text.size(); ++number) {
+    const std::size_t end = text.find('\n', start);
+    const std::string place = kSums + " line " + std::to_string(number);
+    if (end == std::string::npos) refuse(place, "has no end", "whole lines");
+    const std::string line = text.substr(start, end - start);
+    start = end + 1;
+    const bool hex = line.size() > 66 && std::all_of(line.begin(), line.begin() + 64, [](char c) {
+                       return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+                     });
+    if (!hex || line.compare(64, 2, "  ") != 0) refuse(place, "is no sum", "'<64 hex digits>  <path>'");
+    const std::string path = line.substr(66);
+    bool inside = path != kSums;
+    for (std::size_t at = 0; inside && at <= path.size();) {
+      const std::size_t slash = std::min(path.find('/', at), path.size());
+      const std::string part = path.substr(at, slash - at);
+      inside = !part.empty() && part != "." && part != "..";
+      at = slash + 1;
+    }
+    inside = inside && std::none_of(path.begin(), path.end(),
+                                    [](unsigned char c) { return c < 0x20 || c == 0x7f || c == '\\' || c == ':'; });
+    if (!inside || !sums.emplace(path, line.substr(0, 64)).second)
+      refuse(place, "names a file outside the bundle, or one twice", "a file inside it, listed once");
+  }
+  if (!sums.count(kManifest)) refuse(kSums, "no line for " + kManifest, "one");
+  return sums;
+}
+
+Json parse_json(const Bytes& content) {
+  std::vector<std::set<std::string>> names;
+  const Json::parser_callback_t check = [&](int depth, Json::parse_event_t event, Json& value) {
+    if (depth > kMostDepth) refuse(kManifest, "its objects lie too deep in each other", "32 at most", kExport);
+    if (event == Json::parse_event_t::object_start) names.emplace_back();
+    if (event == Json::parse_event_t::object_end) names.pop_back();
+    if (event == Json::parse_event_t::key && !names.back().insert(value.get<std::string>()).second)
+      refuse(kManifest, "an object has one field twice", "each once", kExport);
+    return true;
+  };
+  return Json::parse(content.begin(), content.end(), check);
+}
+
+struct Golden {
+  std::string frame, logits, mask;
+};
+
+struct Artifact {
+  std::string xml, weights, rest;
+  std::vector<std::string> outputs;
+  double logit_tolerance = 0, pixel_tolerance = 0;
+};
+
+struct Manifest {
+  std::vector<std::string> classes;
+  std::int64_t height = 0, width = 0;
+  std::vector<Golden> golden;
+  Artifact artifact;
+};
+
+const std::string& listed(const std::map<std::string, std::string>& sums, const std::string& path) {
+  const auto found = sums.find(path);
+  if (found == sums.end()) refuse(kManifest, "names the file '" + path + "'", "one listed in " + kSums, kExport);
+  return found->second;
+}
+
+double number_within(const Json& value, double most) {
+  const double number = value.get<double>();
+  if (!value.is_number() || !(number >= 0 && number <= most))
+    refuse(kManifest, "has a tolerance that is none", "a number from 0", kExport);
+  return number;
+}
+
+Manifest parse_manifest(const Json& root, const std::map<std::string, std::string>& sums, const std::string& precision,
+                        const std::vector<std::int64_t>& shape) {
+  const std::string version = root.at("schema_version").get<std::string>();
+  if (version.rfind("3.", 0) != 0)
+    refuse(kManifest, "got schema version " + version, "3.x", "Install the library of that version.");
+  Manifest manifest;
+  manifest.height = root.at("input").at("height").get<std::int64_t>();
+  manifest.width = root.at("input").at("width").get<std::int64_t>();
+  for (const Json& each : root.at("classes")) manifest.classes.push_back(each.at("name").get<std::string>());
+  for (const Json& each : root.at("golden"))
+    manifest.golden.push_back({each.at("frame").get<std::string>(), each.at("logits").get<std::string>(),
+                               each.at("mask").get<std::string>()});
+  if (manifest.classes.size() < 2 || manifest.classes.size() > 256)
+    refuse(kManifest, std::to_string(manifest.classes.size()) + " classes", "2 to 256", kExport);
+  bool there = false;
+  for (const Json& each : root.at("artifacts")) {
+    if (each.at("runtime") != "openvino" || each.at("precision") != precision) continue;
+    there = true;
+    if (each.at("parity").at("verdict") == "failed")
+      refuse("openvino " + precision, "failed its accuracy check at export", "one that passed", kExport);
+    for (const Json& graph : each.value("baked", Json::array())) {
+      if (graph.at("frame").get<std::vector<std::int64_t>>() != shape) continue;
+      const Json& files = graph.at("files");
+      Artifact& artifact = manifest.artifact;
+      artifact.xml = files.at(0).at("path").get<std::string>();
+      artifact.weights = files.at(1).at("path").get<std::string>();
+      artifact.rest = each.value("rest", std::string("fp32"));
+      artifact.outputs = graph.at("outputs").get<std::vector<std::string>>();
+      artifact.logit_tolerance = number_within(each.at("tolerance").at("logit"), 1e6);
+      artifact.pixel_tolerance = number_within(each.at("tolerance").at("pixels"), 1);
+      if (artifact.outputs.size() < 2 || artifact.outputs[0] != "logits" || artifact.outputs[1] != "mask")
+        refuse(kManifest, "a graph without logits and mask", "these first", kExport);
+      for (const Json& file : {files.at(0), files.at(1)})
+        if (listed(sums, file.at("path").get<std::string>()) != file.at("sha256").get<std::string>())
+          refuse(file.at("path").get<std::string>(), "its sums in manifest and " + kSums + " differ", "the same",
+                 kExport);
+      return manifest;
+    }
+  }
+  std::string text;
+  for (const std::int64_t side : shape) text += (text.empty() ? "" : " x ") + std::to_string(side);
+  fail(MSA2NET_ARGUMENT, "openvino " + precision,
+       there ? "nothing is baked for frames of " + text : "the bundle has no such artifact",
+       "a size and precision of the bundle", "Export with --bake.");
+}
+
+std::string hashed(const Descriptor& file, const std::string& path) {
+  Sha256 digest;
+  std::array<std::uint8_t, 1 << 18> buffer;
+  for (off_t at = 0;;) {
+    const ssize_t got = ::pread(file.get(), buffer.data(), buffer.size(), at);
+    if (got < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
+    if (got == 0) return digest.hex();
+    digest.add(buffer.data(), static_cast<std::size_t>(got));
+    at += got;
+  }
+}
+
+// Of numpy's format 1.0, row-major and little-endian: where the data begins. BUNDLE.md, section 8.
+const std::uint8_t* npy(const Bytes& content, const std::string& path, const std::string& type,
+                        const std::vector<std::int64_t>& shape, std::size_t bytes) {
+  const std::string magic("\x93NUMPY\x01\x00", 8);
+  const bool known = content.size() > 10 && std::equal(magic.begin(), magic.end(), content.begin(),
+                                                       [](char a, std::uint8_t b) { return std::uint8_t(a) == b; });
+  const std::size_t start = known ? 10 + content[8] + 256 * content[9] : 0;
+  if (!known || content.size() < start) refuse(path, "is no .npy file", "numpy's format 1.0");
+  std::string header(content.begin() + 10, content.begin() + static_cast<std::ptrdiff_t>(start)), sides;
+  for (const std::int64_t side : shape) sides += std::to_string(side) + ",";
+  header.erase(std::remove(header.begin(), header.end(), ' '), header.end());
+  if (shape.size() > 1) sides.pop_back();
+  const bool fits = header.find("'descr':'" + type + "'") != std::string::npos &&
+                    header.find("'fortran_order':False") != std::string::npos &&
+                    header.find("'shape':(" + sides + ")") != std::string::npos && content.size() == start + bytes;
+  return fits ? content.data() + start : nullptr;
+}
+
+bool cpu_has_int8() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni");
+#else
+  return true;  // every Arm CPU that OpenVINO's library runs on has the dot products
+#endif
+}
+
+bool cpu_has_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+template <typename Call>
+int guarded(const Call& call) noexcept {
+  try {
+    last_error.clear();
+    call();
+    return MSA2NET_OK;
+  } catch (const Failure& failure) {
+    last_error = failure.text;
+    return failure.code;
+  } catch (const Json::exception& error) {
+    last_error = kManifest + ": " + error.what() + ". " + kExport;
+    return MSA2NET_BUNDLE;
+  } catch (const std::bad_alloc&) {
+    last_error = "memory: there is not enough. Free some, or take a smaller model.";
+    return MSA2NET_UNAVAILABLE;
+  } catch (const std::exception& error) {
+    last_error = std::string("runtime: ") + error.what();
+    std::replace_if(last_error.begin(), last_error.end(), [](unsigned char c) { return c < 0x20; }, ' ');
+    return MSA2NET_OUTPUT;
+  }
+}
+
+}  // namespace
+
+struct msa2net {
+  std::string digest;
+  Manifest manifest;
+  std::vector<std::int64_t> shape;
+  std::map<std::string, std::string> sums;
+  Descriptor folder;
+  std::mutex mutex;
+  ov::Core core;
+  ov::CompiledModel compiled;
+  ov::InferRequest request;
+
+  msa2net(const char* bundle, const std::string& precision, std::vector<std::int64_t> frame, int threads)
+      : shape(std::move(frame)), folder(::open(bundle, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (folder.get() < 0) refuse(bundle, std::strerror(errno), "a bundle's folder", "Check the path.");
+    const Bytes content = read_all(open_file(folder.get(), kSums), kSums, kMostBytes);
+    digest = digest_of(content);
+    sums = parse_sums(content);
+    std::set<std::string> present;
+    list_files(folder.get(), "", present);
+    present.erase(kSums);
+    for (const auto& [path, sum] : sums)
+      if (!present.count(path)) refuse("the bundle", "missing " + path, "exactly the files of " + kSums);
+    for (const std::string& path : present)
+      if (!sums.count(path)) refuse("the bundle", "extra " + path, "exactly the files of " + kSums);
+    manifest = parse_manifest(parse_json(checked(kManifest, kMostBytes)), sums, precision, shape);
+    load(precision, threads);
+  }
+
+  // The bytes of a file whose digest holds.
+  Bytes checked(const std::string& path, std::size_t most = std::size_t{1} << 32) const {
+    Bytes content = read_all(open_file(folder.get(), path), path, most);
+    require_digest(path, digest_of(content), listed(sums, path));
+    return content;
+  }
+
+  void load(const std::string& precision, int threads) {
+    const Artifact& artifact = manifest.artifact;
+    const bool int8 = precision.rfind("int8", 0) == 0;
+    if (precision == "int8" && !cpu_has_int8())
+      fail(MSA2NET_UNAVAILABLE, "openvino int8", "this CPU would cut off sums", "one with VNNI", "Use int8-portable.");
+    if (precision == "bf16" && !cpu_has_bf16())
+      fail(MSA2NET_UNAVAILABLE, "openvino bf16", "this CPU has no AVX512_BF16", "one that has", "Use fp32.");
+    const bool bf16 = precision == "bf16" || (int8 && artifact.rest == "bf16" && cpu_has_bf16());
+    // The runtime reads the very descriptors that were hashed; the weights it maps.
+    const Descriptor graph = open_file(folder.get(), artifact.xml);
+    const Descriptor weights = open_file(folder.get(), artifact.weights);
+    const Bytes content = read_all(graph, artifact.xml, kMostGraph);
+    require_digest(artifact.xml, digest_of(content), listed(sums, artifact.xml));
+    require_digest(artifact.weights, hashed(weights, artifact.weights), listed(sums, artifact.weights));
+    const std::string text(content.begin(), content.end());
+    if (text.find("<!DOCTYPE") != std::string::npos || text.find("<!ENTITY") != std::string::npos)
+      refuse(artifact.xml, "declares a document type or an entity", "a plain IR", kExport);
+    ov::AnyMap config{{ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)},
+                      {ov::hint::inference_precision(bf16 ? ov::element::bf16 : ov::element::f32)}};
+    if (threads > 0) config.insert(ov::inference_num_threads(threads));
+    compiled = core.compile_model(core.read_model(graph.path(), weights.path()), "CPU", config);
+    if (compiled.get_property(ov::hint::inference_precision) != (bf16 ? ov::element::bf16 : ov::element::f32))
+      fail(MSA2NET_UNAVAILABLE, "openvino " + precision, "runs in another precision", precision, "Use fp32.");
+    require_ends();
+    request = compiled.create_infer_request();
+  }
+
+  void require_ends() const {
+    const std::size_t rows = static_cast<std::size_t>(shape[0]), columns = static_cast<std::size_t>(shape[1]);
+    const ov::Shape frame(shape.begin(), shape.end()), mask{rows, columns};
+    const ov::Shape logits{1, manifest.classes.size(), static_cast<std::size_t>(manifest.height),
+                           static_cast<std::size_t>(manifest.width)};
+    bool fits = compiled.inputs().size() == 1 && compiled.input().get_element_type() == ov::element::u8 &&
+                compiled.input().get_shape() == frame &&
+                compiled.outputs().size() == manifest.artifact.outputs.size() &&
+                compiled.output(0).get_element_type() == ov::element::f32 && compiled.output(0).get_shape() == logits;
+    for (std::size_t i = 1; fits && i < compiled.outputs().size(); ++i) {
+      const bool colors = manifest.artifact.outputs[i] == "colors";
+      fits = compiled.output(i).get_element_type() == ov::element::u8 &&
+             compiled.output(i).get_shape() == (colors ? ov::Shape{rows, columns, 3} : mask);
+    }
+    if (!fits) refuse(manifest.artifact.xml, "has other inputs or outputs", "those of the manifest", kExport);
+  }
+
+  std::size_t frame_bytes() const { return ov::shape_size(compiled.input().get_shape()); }
+  std::size_t mask_bytes() const { return static_cast<std::size_t>(shape[0] * shape[1]); }
+
+  std::size_t output(const std::string& name) const {
+    const auto& names = manifest.artifact.outputs;
+    return static_cast<std::size_t>(std::find(names.begin(), names.end(), name) - names.begin());
+  }
+
+  // Runs a frame; the outputs are the request's, until the next. The caller holds the mutex.
+  void infer(const std::uint8_t* frame) {
+    // OpenVINO takes no const memory, and writes to none of an input's.
+    request.set_input_tensor(
+        ov::Tensor(ov::element::u8, compiled.input().get_shape(), const_cast<std::uint8_t*>(frame)));
+    request.infer();
+    const ov::Tensor logits = request.get_output_tensor(0);
+    const float* const values = logits.data<const float>();
+    if (!std::all_of(values, values + logits.get_size(), [](float value) { return std::isfinite(value); }))
+      fail(MSA2NET_OUTPUT, "logits", "NaN or infinity", "finite values", "Verify the bundle on this device.");
+  }
+
+  const std::uint8_t* bytes_of(std::size_t index) { return request.get_output_tensor(index).data<std::uint8_t>(); }
+
+  msa2net_report self_test() {
+    msa2net_report report{0, 0, manifest.artifact.logit_tolerance, 1, manifest.artifact.pixel_tolerance};
+    const std::vector<std::int64_t> maps{static_cast<std::int64_t>(manifest.classes.size()), manifest.height,
+                                         manifest.width};
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Golden& golden : manifest.golden) {
+      const Bytes frame = checked(golden.frame), logits = checked(golden.logits), mask = checked(golden.mask);
+      const std::uint8_t* const pixels = npy(frame, golden.frame, "|u1", shape, frame_bytes());
+      if (!pixels) continue;  // of another size
+      infer(pixels);
+      const ov::Tensor found = request.get_output_tensor(0);
+      const std::uint8_t* const expected = npy(logits, golden.logits, "<f4", maps, found.get_byte_size());
+      const std::uint8_t* const wanted = npy(mask, golden.mask, "|u1", {shape[0], shape[1]}, mask_bytes());
+      if (!expected || !wanted) refuse(golden.logits, "is of another shape", "the network's", kExport);
+      const float* const values = found.data<const float>();
+      for (std::size_t i = 0; i < found.get_size(); ++i) {
+        float value;
+        std::memcpy(&value, expected + i * sizeof value, sizeof value);
+        const double off = std::abs(static_cast<double>(values[i]) - value);
+        if (!(off <= report.logit_difference)) report.logit_difference = off;  // NaN stays
+      }
+      const std::uint8_t* const made = bytes_of(1);
+      std::size_t equal = 0;
+      for (std::size_t i = 0; i < mask_bytes(); ++i) equal += made[i] == wanted[i];
+      report.pixel_agreement =
+          std::min(report.pixel_agreement, static_cast<double>(equal) / static_cast<double>(mask_bytes()));
+      ++report.frames;
+    }
+    return report;
+  }
+};
+
+extern "C" {
+
+int msa2net_open(const char* bundle, const char* precision, int32_t rows, int32_t columns, int32_t channels,
+                 int32_t threads, msa2net** model) {
+  return guarded([&] {
+    if (model) *model = nullptr;
+    if (!bundle || !precision || !model)
+      fail(MSA2NET_ARGUMENT, "msa2net_open", "a null pointer", "a bundle, a precision and a place", "Give all.");
+    if (rows < 1 || columns < 1 || rows > kMostSide || columns > kMostSide || (channels != 1 && channels != 3))
+      fail(MSA2NET_ARGUMENT, "msa2net_open",
+           "a frame of " + std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(channels),
+           "1 to 32768 rows and columns, 1 or 3 channels", "Give those of --bake.");
+    if (threads < 0 || threads > 1024)
+      fail(MSA2NET_ARGUMENT, "threads", std::to_string(threads), "0 to 1024", "0 takes all that there are.");
+    std::vector<std::int64_t> shape{rows, columns};
+    if (channels == 3) shape.push_back(3);
+    *model = new msa2net(bundle, precision, std::move(shape), threads);
+  });
+}
+
+int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence) {
+  return guarded([&] {
+    if (!model || !frame || !mask)
+      fail(MSA2NET_ARGUMENT, "msa2net_predict", "a null pointer", "a model, a frame and a mask", "Give all.");
+    const std::size_t sure = model->output("confidence");
+    if (confidence && sure == model->manifest.artifact.outputs.size())
+      fail(MSA2NET_ARGUMENT, "confidence", "the graph gives none", "NULL", "Export with --bake-outputs confidence.");
+    const std::lock_guard<std::mutex> lock(model->mutex);
+    model->infer(frame);
+    std::memcpy(mask, model->bytes_of(1), model->mask_bytes());
+    if (confidence) std::memcpy(confidence, model->bytes_of(sure), model->mask_bytes());
+  });
+}
+
+int msa2net_self_test(msa2net* model, msa2net_report* report) {
+  return guarded([&] {
+    if (!model || !report)
+      fail(MSA2NET_ARGUMENT, "msa2net_self_test", "a null pointer", "a model and a report", "Give both.");
+    *report = model->self_test();
+    if (report->frames == 0) refuse("golden", "no frame is of this size", "one", kExport);
+    if (!(report->logit_difference <= report->logit_tolerance) || !(report->pixel_agreement >= report->pixel_tolerance))
+      fail(MSA2NET_OUTPUT, "golden frames",
+           "a logit differs by " + std::to_string(report->logit_difference) + ", " +
+               std::to_string(100 * report->pixel_agreement) + " % of the pixels are equal",
+           "at most " + std::to_string(report->logit_tolerance) + " and at least " +
+               std::to_string(100 * report->pixel_tolerance) + " %",
+           "Do not use it on this device.");
+  });
+}
+
+const char* msa2net_digest(const msa2net* model) { return model ? model->digest.c_str() : nullptr; }
+
+const char* msa2net_class_name(const msa2net* model, int32_t index) {
+  const bool there = model && index >= 0 && static_cast<std::size_t>(index) < model->manifest.classes.size();
+  return there ? model->manifest.classes[static_cast<std::size_t>(index)].c_str() : nullptr;
+}
+
+const char* msa2net_last_error(void) { return last_error.c_str(); }
+
+void msa2net_close(msa2net* model) { delete model; }
+
+}  // extern "C"

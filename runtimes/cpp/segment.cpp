@@ -1,0 +1,57 @@
+// The example: segments raw frames from a file, checks the device first, and times each.
+//   segment BUNDLE PRECISION ROWS COLUMNS CHANNELS FRAMES MASKS [THREADS]
+// FRAMES holds ROWS * COLUMNS * CHANNELS bytes a frame, one after the other; MASKS gets ROWS * COLUMNS bytes for each.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <vector>
+
+#include "msa2net.h"
+
+namespace {
+
+int failed(int code) {
+  std::fprintf(stderr, "error: %s\n", msa2net_last_error());
+  return code;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 8 || count > 9) {
+    std::fprintf(stderr, "usage: segment BUNDLE PRECISION ROWS COLUMNS CHANNELS FRAMES MASKS [THREADS]\n");
+    return MSA2NET_ARGUMENT;
+  }
+  const int rows = std::atoi(arguments[3]), columns = std::atoi(arguments[4]), channels = std::atoi(arguments[5]);
+  msa2net* opened = nullptr;
+  if (const int code = msa2net_open(arguments[1], arguments[2], rows, columns, channels,
+                                    count == 9 ? std::atoi(arguments[8]) : 0, &opened))
+    return failed(code);
+  const std::unique_ptr<msa2net, void (*)(msa2net*)> model(opened, msa2net_close);
+
+  msa2net_report report;
+  if (const int code = msa2net_self_test(opened, &report)) return failed(code);
+  std::printf("bundle %s: %d golden frames pass, largest logit difference %.2e, equal pixels %.4f %%\n",
+              msa2net_digest(opened), report.frames, report.logit_difference, 100 * report.pixel_agreement);
+
+  std::ifstream frames(arguments[6], std::ios::binary);
+  std::ofstream masks(arguments[7], std::ios::binary);
+  const std::size_t pixels = static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
+  std::vector<char> frame(pixels * static_cast<std::size_t>(channels)), mask(pixels);
+  while (frames.read(frame.data(), static_cast<std::streamsize>(frame.size()))) {
+    const auto start = std::chrono::steady_clock::now();
+    const int code = msa2net_predict(opened, reinterpret_cast<const std::uint8_t*>(frame.data()),
+                                     reinterpret_cast<std::uint8_t*>(mask.data()), nullptr);
+    if (code) return failed(code);
+    const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
+    std::printf("%.3f ms\n", taken.count());
+    masks.write(mask.data(), static_cast<std::streamsize>(mask.size()));
+  }
+  if (!masks.flush()) {
+    std::fprintf(stderr, "error: the masks cannot be written. Check the disk.\n");
+    return MSA2NET_ARGUMENT;
+  }
+  return MSA2NET_OK;
+}

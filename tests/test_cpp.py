@@ -1,0 +1,372 @@
+"""The C and C++ library: built here, its masks against Python's, and a code and a line for each way of going wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import set_manifest, sha256, sum_again
+from numpy.typing import NDArray
+
+from msa2net import Predictor
+from msa2net.core.phantoms import phantom
+from msa2net.runtimes.bundle import MANIFEST, SUMS, Bundle
+
+SOURCE = Path(__file__).parents[1] / "runtimes" / "cpp"
+ARGUMENT, BUNDLE, UNAVAILABLE, OUTPUT = 1, 2, 3, 4
+COLOUR, GREY = (180, 320, 3), (96, 128)
+JSON_HEADER = Path("/usr/include/nlohmann/json.hpp")
+NEEDED = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
+NEEDED += [] if JSON_HEADER.exists() else ["nlohmann-json3-dev"]
+NEEDED += [] if Path("/usr/include/openssl/evp.h").exists() else ["libssl-dev"]
+
+pytestmark = pytest.mark.skipif(bool(NEEDED), reason=f"needs {', '.join(NEEDED)}")
+
+
+def built(folder: Path, *options: str) -> Path:
+    """The folder of the library and the example."""
+    package = importlib.util.find_spec("openvino")
+    assert package is not None
+    assert package.origin is not None
+    where = f"-DOpenVINO_DIR={Path(package.origin).parent / 'cmake'}"
+    for command in (
+        ("cmake", "-S", str(SOURCE), "-B", str(folder), where, *options),
+        ("cmake", "--build", str(folder)),
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("cpp"))
+
+
+class Report(ctypes.Structure):
+    _fields_ = (
+        ("frames", ctypes.c_int32),
+        ("logit_difference", ctypes.c_double),
+        ("logit_tolerance", ctypes.c_double),
+        ("pixel_agreement", ctypes.c_double),
+        ("pixel_tolerance", ctypes.c_double),
+    )
+
+
+class Library:
+    """msa2net.h by ctypes."""
+
+    def __init__(self, path: Path) -> None:
+        self.c = ctypes.CDLL(str(path))
+        for name in ("digest", "class_name", "last_error"):
+            getattr(self.c, f"msa2net_{name}").restype = ctypes.c_char_p
+        self.c.msa2net_digest.argtypes = [ctypes.c_void_p]
+        self.c.msa2net_class_name.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+        self.c.msa2net_close.argtypes = [ctypes.c_void_p]
+        self.c.msa2net_predict.argtypes = [ctypes.c_void_p] * 4
+        self.c.msa2net_self_test.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+
+    def open(self, bundle: Path, shape: tuple[int, ...] = GREY, precision: str = "fp32", threads: int = 2) -> Any:
+        """The handle, or the code and the line of the failure."""
+        handle = ctypes.c_void_p(1)
+        code = self.c.msa2net_open(
+            os.fsencode(bundle), precision.encode(), *(*shape, 1)[:3], threads, ctypes.byref(handle)
+        )
+        if code:
+            assert not handle.value
+            return code, self.said()
+        assert self.said() == ""
+        return handle
+
+    def said(self) -> str:
+        text = self.c.msa2net_last_error().decode()
+        assert text.isprintable()
+        return str(text)
+
+    def predict(self, handle: Any, frame: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        frame = np.ascontiguousarray(frame)
+        mask, confidence = (np.full(frame.shape[:2], 255, np.uint8) for _ in range(2))
+        code = self.c.msa2net_predict(handle, *(each.ctypes.data for each in (frame, mask, confidence)))
+        assert code == 0, self.said()
+        return mask, confidence
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return Library(folder / "libmsa2net.so")
+
+
+@pytest.fixture
+def copy(baked: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(baked, tmp_path / "copy.bundle"))
+
+
+def frame(shape: tuple[int, ...], seed: int = 78) -> NDArray[np.uint8]:
+    image = phantom("dermoscopy" if seed % 2 else "ultrasound", seed, (shape[0], shape[1])).image
+    return np.ascontiguousarray(image if len(shape) == 3 else image[..., 1])
+
+
+# What is right -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [COLOUR, GREY], ids=str)
+def test_its_masks_are_pythons(library: Library, baked: Path, shape: tuple[int, ...]) -> None:
+    handle = library.open(baked, shape)
+    with Predictor.load(baked, runtime="openvino", frame_shape=shape, cache=False) as predictor:
+        for seed in range(6):
+            expected = predictor.predict(frame(shape, seed))
+            mask, confidence = library.predict(handle, frame(shape, seed))
+            assert (mask == expected.mask).mean() >= 0.9999
+            assert np.abs(confidence.astype(int) - expected.confidence).max() <= 1
+    assert library.c.msa2net_digest(handle).decode() == Bundle(baked).digest
+    assert [library.c.msa2net_class_name(handle, i) for i in (-1, 0, 1, 2)] == [None, b"background", b"lesion", None]
+    report = Report()
+    assert library.c.msa2net_self_test(handle, ctypes.byref(report)) == 0
+    assert report.frames == 1
+    assert report.logit_difference <= report.logit_tolerance
+    assert report.pixel_agreement >= report.pixel_tolerance == 0.9999
+    library.c.msa2net_close(handle)
+
+
+def test_the_example_segments_a_file_of_frames(folder: Path, baked: Path, tmp_path: Path) -> None:
+    frames = [frame(COLOUR, seed) for seed in range(3)]
+    (tmp_path / "frames").write_bytes(b"".join(each.tobytes() for each in frames))
+    command = [folder / "segment", baked, "fp32", *COLOUR, tmp_path / "frames", tmp_path / "masks", 1]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"bundle {Bundle(baked).digest}: 1 golden frames pass")
+    assert done.stdout.count(" ms\n") == 3
+    masks = np.frombuffer((tmp_path / "masks").read_bytes(), np.uint8).reshape(3, *COLOUR[:2])
+    with Predictor.load(baked, runtime="openvino", frame_shape=COLOUR, cache=False) as predictor:
+        for each, mask in zip(frames, masks, strict=True):
+            assert (predictor.predict(each).mask == mask).mean() >= 0.9999
+
+
+def test_the_example_is_short_and_the_header_is_c(tmp_path: Path) -> None:
+    assert len((SOURCE / "segment.cpp").read_text().splitlines()) < 80
+    file = tmp_path / "a.c"
+    file.write_text('#include "msa2net.h"\nint main(void) { msa2net_close(0); return MSA2NET_OK; }\n')
+    strict = ("-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", f"-I{SOURCE}")
+    subprocess.run(["gcc", *strict, str(file)], check=True)
+
+
+def test_several_threads_get_what_one_gets(library: Library, baked: Path) -> None:
+    handle = library.open(baked)
+    frames = [frame(GREY, seed) for seed in range(8)]
+    expected = [library.predict(handle, each)[0] for each in frames]
+    found: dict[int, NDArray[np.uint8]] = {}
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            found[i] = library.predict(handle, frames[i])[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(found[i], expected[i]) for i in range(8))
+    library.c.msa2net_close(handle)
+
+
+def test_opening_and_closing_leaves_no_descriptor_open(library: Library, baked: Path) -> None:
+    counts = []
+    for _ in range(4):
+        library.c.msa2net_close(library.open(baked))
+        library.open(baked, (5, 5))  # that fails
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert counts[1:] == counts[:-1]
+
+
+# What is wrong -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_caller_gives_is_checked(library: Library, baked: Path, tmp_path: Path) -> None:
+    call, place = library.c.msa2net_open, ctypes.c_void_p()
+    assert call(None, b"fp32", 1, 1, 1, 1, ctypes.byref(place)) == ARGUMENT
+    assert call(os.fsencode(baked), b"fp32", 1, 1, 1, 1, None) == ARGUMENT
+    assert library.said().startswith("msa2net_open: a null pointer, expected ")
+    for shape in ((0, 5), (5, 40_000), (5, 5, 2), (5, 5, 4), (-1, 5)):
+        code, text = library.open(baked, shape)
+        assert code == ARGUMENT
+        assert "expected 1 to 32768 rows and columns, 1 or 3 channels" in text
+    assert library.open(baked, threads=-1)[0] == ARGUMENT
+    assert library.open(baked, (5, 5))[1] == (
+        "openvino fp32: nothing is baked for frames of 5 x 5, expected a size and precision of the bundle. "
+        "Export with --bake."
+    )
+    assert "the bundle has no such artifact" in library.open(baked, precision="bf16")[1]
+    code, text = library.open(tmp_path / "none")
+    assert code == BUNDLE
+    assert text.endswith("No such file or directory, expected a bundle's folder. Check the path.")
+    handle = library.open(baked)
+    assert library.c.msa2net_predict(handle, None, None, None) == ARGUMENT
+    assert library.c.msa2net_self_test(handle, None) == ARGUMENT
+    assert library.c.msa2net_predict(None, None, None, None) == ARGUMENT
+    library.c.msa2net_close(handle)
+    library.c.msa2net_close(None)
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """The manifest changed, and all sums right."""
+
+    def apply(root: Path) -> None:
+        document = json.loads((root / MANIFEST).read_bytes())
+        change(document)
+        set_manifest(root, json.dumps(document).encode())
+
+    return apply
+
+
+def manifest_of(content: bytes) -> Callable[[Path], None]:
+    return lambda root: set_manifest(root, content)
+
+
+def flipped(name: str) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        content = bytearray((root / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (root / name).write_bytes(content)
+
+    return apply
+
+
+def sums_of(text: str) -> Callable[[Path], None]:
+    return lambda root: (root / SUMS).write_text(text) and None
+
+
+def with_graph(text: bytes) -> Callable[[Path], None]:
+    """The graph for grey frames replaced, every sum right."""
+
+    def apply(root: Path) -> None:
+        document = json.loads((root / MANIFEST).read_bytes())
+        for artifact in document["artifacts"]:
+            for graph in artifact.get("baked", ()):
+                if artifact["runtime"] == "openvino":
+                    entry = graph["files"][0]
+                    (root / entry["path"]).write_bytes(text)
+                    entry |= {"bytes": len(text), "sha256": sha256(text)}
+        set_manifest(root, json.dumps(document).encode())
+
+    return apply
+
+
+def openvino_entry(document: dict[str, Any]) -> dict[str, Any]:
+    return next(each for each in document["artifacts"] if each["runtime"] == "openvino")
+
+
+ZERO = "0" * 64
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no sums": (lambda root: (root / SUMS).unlink(), "SHA256SUMS: cannot be read (No such file or directory)"),
+    "empty sums": (sums_of(""), "SHA256SUMS: no line for manifest.json"),
+    "half a line": (sums_of(f"{ZERO}  manifest.json"), "SHA256SUMS line 1: has no end"),
+    "no digits": (sums_of(f"{'g' * 64}  a\n"), "SHA256SUMS line 1: is no sum"),
+    "outside": (sums_of(f"{ZERO}  ../a\n"), "SHA256SUMS line 1: names a file outside the bundle, or one twice"),
+    "absolute": (sums_of(f"{ZERO}  /etc/passwd\n"), "SHA256SUMS line 1: names a file outside the bundle"),
+    "a drive": (sums_of(f"{ZERO}  C:/a\n"), "SHA256SUMS line 1: names a file outside the bundle"),
+    "twice": (sums_of(f"{ZERO}  a\n{ZERO}  a\n"), "SHA256SUMS line 2: names a file outside the bundle, or one twice"),
+    "long sums": (sums_of("\n" * (1 << 21)), "SHA256SUMS: has over 1048576 bytes"),
+    "an extra file": (lambda root: (root / "extra").write_bytes(b""), "the bundle: extra extra, expected exactly"),
+    "a missing file": (lambda root: (root / "golden/0_mask.npy").unlink(), "the bundle: missing golden/0_mask.npy"),
+    "a link": (lambda root: (root / "link").symlink_to("/etc/passwd"), "link: is a link or a device"),
+    "a pipe": (lambda root: os.mkfifo(root / "pipe"), "pipe: is a link or a device"),
+    "a hard link": (lambda root: os.link(root / MANIFEST, root.parent / "other"), "manifest.json: is a hard link"),
+    "a changed manifest": (flipped(MANIFEST), "manifest.json: changed: SHA-256 "),
+    "changed weights": (flipped("openvino/model.bin"), "openvino/model.bin: changed: SHA-256 "),
+    "a changed graph": (flipped("openvino/model-128x96-grey.xml"), "openvino/model-128x96-grey.xml: changed: SHA-256 "),
+    "no JSON": (manifest_of(b"{"), "manifest.json: [json.exception.parse_error"),
+    "a list": (manifest_of(b"[]"), "manifest.json: [json.exception.type_error"),
+    "NaN": (manifest_of(b'{"a": NaN}'), "manifest.json: [json.exception.parse_error"),
+    "too deep": (
+        manifest_of(b'{"a":' * 40 + b"1" + b"}" * 40),
+        "manifest.json: its objects lie too deep in each other",
+    ),
+    "a field twice": (manifest_of(b'{"a": 1, "a": 2}'), "manifest.json: an object has one field twice"),
+    "another schema": (edited(lambda d: d.update(schema_version="4.0")), "manifest.json: got schema version 4.0"),
+    "no input": (edited(lambda d: d.pop("input")), "manifest.json: [json.exception.out_of_range"),
+    "one class": (edited(lambda d: d.update(classes=d["classes"][:1])), "manifest.json: 1 classes, expected 2 to 256"),
+    "failed": (
+        edited(lambda d: openvino_entry(d)["parity"].update(verdict="failed")),
+        "openvino fp32: failed its accuracy check at export",
+    ),
+    "an unlisted file": (
+        edited(lambda d: openvino_entry(d)["baked"][1]["files"][0].update(path="../x")),
+        "manifest.json: names the file '../x', expected one listed in SHA256SUMS",
+    ),
+    "other sums": (
+        edited(lambda d: openvino_entry(d)["baked"][1]["files"][0].update(sha256=ZERO)),
+        "openvino/model-128x96-grey.xml: its sums in manifest and SHA256SUMS differ",
+    ),
+    "no outputs": (
+        edited(lambda d: openvino_entry(d)["baked"][1].update(outputs=["mask"])),
+        "manifest.json: a graph without logits and mask",
+    ),
+    "other outputs": (
+        edited(lambda d: openvino_entry(d)["baked"][1].update(outputs=["logits", "mask"])),
+        "openvino/model-128x96-grey.xml: has other inputs or outputs",
+    ),
+    "a document type": (with_graph(b"<!DOCTYPE a><net/>"), "openvino/model-320x180.xml: declares a document type"),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_bundle_that_is_not_whole_is_refused_by_name(library: Library, copy: Path, case: str) -> None:
+    damage, text = CASES[case]
+    damage(copy)
+    code, said = library.open(copy, COLOUR if case == "a document type" else GREY)
+    assert code == BUNDLE
+    assert said.startswith(text)
+
+
+def test_a_graph_that_openvino_cannot_read_is_an_error_and_no_crash(library: Library, copy: Path) -> None:
+    with_graph(b"<net><layers/></net>")(copy)
+    code, said = library.open(copy)
+    assert code == OUTPUT
+    assert said.startswith("runtime: ")
+
+
+def test_golden_frames_that_are_off_are_an_error(library: Library, copy: Path) -> None:
+    path = copy / Bundle(copy).manifest.golden[-1].logits
+    np.save(path, np.load(path) + np.float32(0.5))
+    sum_again(copy)
+    handle = library.open(copy)
+    report = Report()
+    assert library.c.msa2net_self_test(handle, ctypes.byref(report)) == OUTPUT
+    assert library.said().startswith("golden frames: a logit differs by 0.5")
+    library.c.msa2net_close(handle)
+
+
+@pytest.mark.slow
+def test_the_sanitizers_find_nothing(baked: Path, tmp_path: Path) -> None:
+    """The example on whole and damaged bundles, built with the address and undefined-behaviour sanitizers."""
+    folder = built(tmp_path / "build", "-DMSA2NET_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug")
+    (tmp_path / "frames").write_bytes(frame(GREY).tobytes() * 3)
+
+    def run(bundle: Path) -> subprocess.CompletedProcess[str]:
+        command = [folder / "segment", bundle, "fp32", *GREY, 1, tmp_path / "frames", tmp_path / "masks"]
+        # OpenVINO keeps some of what it takes to the end of the process.
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+
+    done = run(baked)
+    assert done.returncode == 0, done.stderr
+    assert "Sanitizer" not in done.stderr
+    for case, (damage, text) in CASES.items():
+        if case == "a document type":
+            continue
+        broken = Path(shutil.copytree(baked, tmp_path / "broken" / case))
+        damage(broken)
+        done = run(broken)
+        assert done.returncode == BUNDLE, (case, done.stderr)
+        assert done.stderr.startswith(f"error: {text}"), done.stderr
+        shutil.rmtree(tmp_path / "broken")
