@@ -339,7 +339,7 @@ def openvino_baked(
     openvino.save_model(whole, target, compress_to_fp16=False)
     tree = ElementTree.parse(target)
     for layer in tree.getroot().iter("layer"):
-        if layer.get("name", "").startswith(ADDED):
+        if layer.get("name", "").startswith(ADDED) or layer.get("name") == "image":  # the last of the front
             openvino_ir.mark(layer)  # the frame's values do not fit into bf16
     own = target.with_suffix(".bin")
     _share_constants(tree, own.read_bytes(), *files)

@@ -67,6 +67,7 @@ _PARTS = ("core", "export", "runtimes")  # of this package: what makes and reads
 _NEEDS = {
     "int8": "a CPU with AVX512-VNNI, AVX-VNNI or Arm's dot products",
     "bf16": "a CPU with bf16",
+    "fp16": "an Arm CPU with FEAT_FP16, or an NVIDIA GPU",
     "tensorrt": "an NVIDIA GPU and its driver; the engine is built on the device",
     "tensorrt-rtx": "an NVIDIA GPU of compute capability {} and its driver",
     "torch-tensorrt": "an NVIDIA GPU and its driver; the engine is built on the device",

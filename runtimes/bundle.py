@@ -34,6 +34,15 @@ FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
 ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
 BAKED_OUTPUTS = ("logits", "mask", "confidence", "colors")  # in this order; the first two always
+# Of an artifact's files, by runtime: the ending says what a graph is held against before its runtime parses it.
+ENDINGS = {
+    "onnxruntime": (".onnx",),
+    "openvino": (".xml", ".bin"),
+    "pytorch": (".safetensors",),
+    "tensorrt": (".onnx",),
+    "tensorrt-rtx": (".engine",),
+    "torch-tensorrt": (".safetensors",),
+}
 HARDWARE_COMPATIBILITY = ("none", "ampere+", "same-capability")
 MOST_IMAGES = 1024  # of a batch
 MOST_BAKED, MOST_SIDE = 64, 2**15  # graphs of an artifact; rows or columns of their frames
@@ -442,8 +451,8 @@ def _recipe(node: _Node) -> Recipe:
     )
 
 
-def _files(node: _Node) -> tuple[FileEntry, ...]:
-    return tuple(
+def _files(node: _Node, runtime: str) -> tuple[FileEntry, ...]:
+    found = tuple(
         FileEntry(
             path=file.get("path").text(),
             bytes=file.get("bytes").integer(1, 2**40),
@@ -451,19 +460,29 @@ def _files(node: _Node) -> tuple[FileEntry, ...]:
         )
         for file in node.get("files").items(1)
     )
+    endings = ENDINGS.get(runtime)
+    if endings and tuple(os.path.splitext(file.path)[1] for file in found) != endings:
+        node = node.get("files")
+        raise BundleError(
+            f"{MANIFEST} {node.path}",
+            f"got {', '.join(_shown(file.path) for file in found)}",
+            f"expected {' and '.join(f'one {ending}' for ending in endings)} for {runtime}",
+            "Export the model again.",
+        )
+    return found
 
 
-def _baked(node: _Node) -> Baked:
+def _baked(node: _Node, runtime: str) -> Baked:
     sides, outputs = node.get("frame").items(2, 3), node.get("outputs")
     names = tuple(each.text(*BAKED_OUTPUTS) for each in outputs.items(2, len(BAKED_OUTPUTS)))
     if names != tuple(name for name in BAKED_OUTPUTS if name in (*BAKED_OUTPUTS[:2], *names)):
         raise outputs.refuse(f"some of {', '.join(BAKED_OUTPUTS)} in this order, the first two always")
     shape = [each.integer(1, MOST_SIDE) for each in sides[:2]] + [each.integer(3, 3) for each in sides[2:]]
-    return Baked(frame=tuple(shape), outputs=names, files=_files(node))
+    return Baked(frame=tuple(shape), outputs=names, files=_files(node, runtime))
 
 
-def _all_baked(node: _Node) -> tuple[Baked, ...]:
-    found = tuple(map(_baked, node.items(0, MOST_BAKED)))
+def _all_baked(node: _Node, runtime: str) -> tuple[Baked, ...]:
+    found = tuple(_baked(each, runtime) for each in node.items(0, MOST_BAKED))
     if len({graph.frame for graph in found}) != len(found):
         raise node.refuse("one graph for each shape")
     return found
@@ -475,13 +494,13 @@ def _artifact(node: _Node) -> Artifact:
     return Artifact(
         runtime=node.get("runtime").text(),
         precision=node.get("precision").text(*PRECISIONS),
-        files=_files(node),
+        files=_files(node, node.get("runtime").text()),
         versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
         rest=rest.text("fp32", "bf16") if rest else "fp32",
         speed=_speed(speed) if speed else None,
         recipe=_recipe(recipe) if recipe else None,
-        baked=_all_baked(baked) if baked else (),
+        baked=_all_baked(baked, node.get("runtime").text()) if baked else (),
         accuracy=parity.get("verdict").text(*VERDICTS),
         shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
         parity=parity.object(),

@@ -126,6 +126,9 @@ def check_baked(
             raise OutputError(
                 name, f"got {found.dtype} {found.shape}", f"expected uint8 {expected}", "Verify the bundle."
             )
+    if (largest := int(outputs["mask"].max())) >= len(manifest.classes):
+        expected_classes = f"expected less than {len(manifest.classes)}"
+        raise OutputError("mask", f"got the class {largest}", expected_classes, "Verify the bundle.")
     return logits, outputs["mask"], place(contract, rows, columns)
 
 

@@ -776,7 +776,7 @@ def test_a_size_that_differs_from_the_manifest_is_refused(root: Path) -> None:
     assert parts(refused(root))[:3] == ("onnx/model.onnx", f"got {size} bytes", "expected 5")
 
 
-UNLISTED = ["../outside", "onnx/other.onnx", "", SUMS, "/etc/hostname"]
+UNLISTED = ["../outside.onnx", "onnx/other.onnx", "a.onnx", f"{SUMS}.onnx", "/etc/hostname.onnx"]
 
 
 @pytest.mark.parametrize("path", UNLISTED)
@@ -1068,6 +1068,26 @@ HOSTILE_IR = {
 def test_a_baked_graph_that_no_frame_fits_is_refused(root: Path, change: Callable[[Any], None], found: str) -> None:
     edit(root, lambda document: change(document["artifacts"][0]["baked"]))
     assert found in str(refused(root))
+
+
+@pytest.mark.parametrize(
+    ("number", "path"),
+    [
+        (0, "openvino/model.txt"),
+        (0, "openvino/model.XML"),
+        (1, "onnx/model.dat"),
+        (2, "torch/weights.pth"),
+        (1, ".onnx"),
+    ],
+)
+def test_a_file_of_another_ending_is_refused_since_nothing_would_look_into_it(
+    root: Path, number: int, path: str
+) -> None:
+    edit(root, lambda document: document["artifacts"][number]["files"][0].update(path=path))
+    error = refused(root)
+    assert error.place == f"manifest.json $.artifacts[{number}].files"
+    assert error.found.startswith(f"got {path}")
+    assert error.expected.startswith("expected one .")
 
 
 def test_a_baked_graph_s_files_are_checked_as_the_artifact_s_are(root: Path) -> None:

@@ -7,6 +7,7 @@ required, and runs a bundle's golden frames on every artifact that it can.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -42,13 +43,15 @@ def run(*command: str | Path) -> str:
 
 def check(python: str, extra: str, which: str, folder: Path, bundle: Path) -> str:
     """Installs, runs the golden frames and returns what ran. Raises RuntimeError."""
-    environment = folder / f"{extra}-{which}-{python}"
+    wanted = oldest(extra) if which == "oldest" else [(CHECKOUT / "locks" / f"{extra}.txt").read_text()]
+    key = hashlib.sha256("".join(wanted).encode()).hexdigest()[:8]  # with other versions it is made anew
+    environment = folder / f"{extra}-{which}-{python}-{key}"
     pip = (environment / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     if not (environment / "done").exists():
         shutil.rmtree(environment, ignore_errors=True)
         run(python, "-m", "venv", environment)
         if which == "oldest":
-            run(*pip, *oldest(extra))
+            run(*pip, *wanted)
         else:
             run(*pip, "--require-hashes", "-r", CHECKOUT / "locks" / f"{extra}.txt")
         (environment / "done").touch()
@@ -72,20 +75,20 @@ def main() -> int:
     if arguments.list:
         print(*locked())
         return 0
-    folder, failed = arguments.folder.resolve(), 0
+    folder, failed, ran = arguments.folder.resolve(), 0, 0
     for extra in (*RUNTIMES, *([TORCH] if arguments.torch else [])):
         rows = [(PYTHONS[0], "oldest"), *((python, "newest") for python in PYTHONS)]
         for python, which in rows:
             if not shutil.which(python):
                 print(f"{extra:<12} {which}  {python}  not run: it is not installed")
                 continue
-            start = time.monotonic()
+            start, ran = time.monotonic(), ran + 1
             try:
                 said = check(python, extra, which, folder, arguments.bundle.resolve())
             except RuntimeError as error:
                 failed, said = failed + 1, f"FAIL: {error}"
             print(f"{extra:<12} {which}  {python}  {time.monotonic() - start:4.0f} s  {said}", flush=True)
-    return bool(failed)
+    return bool(failed or not ran)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def _is_added(names: str) -> bool:
 
     names   of the nodes that it was made from, separated by commas
     """
-    return bool(names) and all(name.startswith(ADDED) or name in BAKED_OUTPUTS[1:] for name in names.split(","))
+    return bool(names) and all(
+        name.startswith(ADDED) or name in ("image", *BAKED_OUTPUTS[1:]) for name in names.split(",")
+    )
 
 
 class OpenVinoBackend:
@@ -159,13 +161,14 @@ class OpenVinoBackend:
 
     def _executed(self) -> list[tuple[str, str]]:
         """Type and executed precision of every layer of the network that says it."""
+        baked = self._compiled.input().get_element_type() == openvino.Type.u8
         infos = (node.get_rt_info() for node in self._compiled.get_runtime_model().get_ordered_ops())
         return [
             (str(info["layerType"].value), str(info["runtimePrecision"].value))
             for info in infos
             if "runtimePrecision" in info
             and str(info["layerType"].value) not in _ENDS
-            and not _is_added(str(info["originalLayersNames"].value))
+            and not (baked and _is_added(str(info["originalLayersNames"].value)))
         ]
 
     def _require_precision(self, asked: str, wanted: Any, executed: set[str], computed: Collection[str]) -> str:
@@ -174,7 +177,7 @@ class OpenVinoBackend:
         lower = {"bf16", "f16", "i8", "u8"} & executed
         # A graph in bf16 has layers in f32, too: those kept there. One without any in bf16 is not in bf16.
         if asked == "fp32":
-            agree = not lower
+            agree = not lower and bool(computed)
         elif asked in INT8:
             agree = bool({"i8", "u8"} & set(computed))
         else:

@@ -4,7 +4,8 @@
    Every byte is held against the bundle's digests before it is used (runtimes/BUNDLE.md, section 3).
 
    Every function that returns int returns 0, or one of the codes below; then `msa2net_last_error` says where, what was
-   found, what was expected and what to do, in one line of UTF-8. No exception leaves this library. */
+   found, what was expected and what to do, in one line of ASCII (another byte is shown as '?'). No exception leaves
+   this library. */
 #ifndef MSA2NET_H
 #define MSA2NET_H
 
