@@ -90,7 +90,7 @@ class MASAG(nn.Module):
         live = any(isinstance(each, nn.BatchNorm2d) and each.training for each in self.modules())
         if live or torch.onnx.is_in_onnx_export():
             return None
-        mixed = torch.is_autocast_enabled(x.device.type)
+        mixed = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # a meta tensor has no autocast
         if torch.compiler.is_compiling():
             return None if self.kernel == "auto" and (mixed or not x.is_cuda) else self.kernel
         chosen = select(self.kernel, x)

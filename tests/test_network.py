@@ -13,12 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from msa2net.benchmarks import machine
 from msa2net.core.checkpoint import model_by_rule, rule_value, used_state
 from msa2net.core.config import IMAGE_SIZE, VARIANTS, ModelConfig, variant_name
 from msa2net.core.decoder import ChannelAttention
 from msa2net.core.masag import MASAG
 from msa2net.core.maxvit import LayerScale, RelativePosition
 from msa2net.core.network import MSA2Net, is_unused
+from msa2net.runtimes.bundle import Bundle
+from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 GOLDEN = Path(__file__).parent / "golden"
 # Form of the deep decoder -> its file of key names and its file of numbers.
@@ -433,3 +436,7 @@ def test_a_config_survives_json(name: str, form: str) -> None:
 def test_an_unknown_field_of_a_config_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^window: unknown field, expected deep_decoder, depths, head_width, num_cl"):
         ModelConfig.from_json({"window": 7})
+
+
+def test_the_network_runs_on_the_meta_device_where_its_arithmetic_is_counted() -> None:
+    assert machine.multiply_adds(Bundle(DEMO_BUNDLE).manifest) == 316_320_296
