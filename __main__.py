@@ -23,6 +23,7 @@ from msa2net.runtimes import (
     Predictor,
     Segmentation,
     acceptance,
+    files,
     signature,
 )
 from msa2net.runtimes.backends import RUNTIMES, candidates
@@ -222,7 +223,7 @@ def selftest(arguments: argparse.Namespace) -> int:
         path, lambda: _load(arguments, arguments.bundle), rounds=arguments.rounds, limit=arguments.limit_ms
     )
     if arguments.report:
-        acceptance.write_json(arguments.report, report)
+        files.write_json(arguments.report, report)
     execution, device, golden = report["execution"], report["device"], report["golden"]
     print(f"{'bundle':<12} {report['bundle']['digest']}, {report['bundle']['files']} files match their sums")
     print(f"{'model':<12} {report['bundle']['model']} {report['bundle']['model_version']}, {execution['signature']}")

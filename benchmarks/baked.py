@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.benchmarks import machine
-from msa2net.core.phantoms import KINDS, phantom
+from msa2net.core.phantoms import frames
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import Predictor, postprocess, preprocess
 from msa2net.runtimes.backends import BAKED, default_threads, why_not, why_not_precision
@@ -25,11 +25,6 @@ from msa2net.runtimes.measure import milliseconds, pixel_agreement, ratio
 
 SEED = 5_000_000  # apart from training, validation, test, the parity check and calibration
 ROUNDS, PAUSE, COMPARED = 100, 0.004, 20
-
-
-def frames(shape: tuple[int, ...], count: int) -> list[NDArray[np.uint8]]:
-    images = (phantom(KINDS[i % len(KINDS)], SEED + i, (shape[0], shape[1])).image for i in range(count))
-    return [np.ascontiguousarray(image if len(shape) == 3 else image[..., 1]) for image in images]
 
 
 def in_parts(predictor: Predictor, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -48,7 +43,7 @@ def measure(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
             continue
         with Predictor.load(bundle.path, runtime=runtime, precision=precision, threads=threads) as predictor:
             for graph in artifact.baked:
-                images = frames(graph.frame, COMPARED)
+                images = frames(graph.frame, COMPARED, SEED)
                 equal = [pixel_agreement(predictor.predict(each).mask, in_parts(predictor, each)) for each in images]
                 calls: dict[str, Callable[[], object]] = {
                     "baked": partial(predictor.predict, images[0]),

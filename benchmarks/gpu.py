@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from msa2net.benchmarks import machine
-from msa2net.core.phantoms import KINDS, phantom
+from msa2net.core.phantoms import frames as phantom_frames
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import Predictor, preprocess
+from msa2net.runtimes.acceptance import version_of
 from msa2net.runtimes.backends import candidates, why_no_gpu, why_not
 from msa2net.runtimes.bundle import Bundle
 from msa2net.runtimes.measure import image_parity, interleaved, judge, timed
@@ -50,11 +51,8 @@ def wanted(bundle: Bundle) -> Iterator[tuple[str, str, str]]:
 def frames(bundle: Bundle, count: int) -> list[Any]:
     """Phantoms of the network's own size, in grey if it takes grey."""
     contract = bundle.manifest.input
-    found = []
-    for i in range(count):
-        image = phantom(KINDS[i % len(KINDS)], SEED + i, (contract.height, contract.width)).image
-        found.append(np.ascontiguousarray(image[..., 1]) if contract.channels == 1 else image)
-    return found
+    shape = (contract.height, contract.width)
+    return phantom_frames(shape if contract.channels == 1 else (*shape, 3), count, SEED)
 
 
 def free_memory() -> int | None:
@@ -112,7 +110,7 @@ def measure(
     """All of it, saved after each artifact; `passed` is false if anything that ran was wrong, or nothing ran."""
     start, bundle = time.monotonic(), Bundle(path)
     about = machine.describe(0)
-    about["versions"] |= {name: found for name in PACKAGES if (found := machine.version(name))}
+    about["versions"] |= {name: found for name in PACKAGES if (found := version_of(name))}
     result: dict[str, Any] = {"benchmark": "gpu", "machine": about, "bundle": bundle.digest, "rows": [], "not_run": {}}
     images = frames(bundle, phantoms)
     expected: list[Any] = []

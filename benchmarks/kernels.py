@@ -41,6 +41,7 @@ from msa2net.core.network import MSA2Net
 from msa2net.core.rewrites import rewritten
 from msa2net.core.rewrites.fused_gate import FusedGate
 from msa2net.errors import Msa2NetError
+from msa2net.runtimes.acceptance import version_of
 from msa2net.runtimes.measure import interleaved
 
 GATES = ((384, 14), (192, 28), (96, 56))  # channels; rows and columns
@@ -375,7 +376,7 @@ def describe(device: str) -> dict[str, Any]:
         "gpu_memory": of.total_memory,
         "gpu_cache": of.L2_cache_size,
         "cuda": torch.version.cuda,
-        "triton": machine.version("triton"),
+        "triton": version_of("triton"),
     }
 
 

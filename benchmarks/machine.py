@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from msa2net.errors import Msa2NetError
-from msa2net.runtimes import acceptance
+from msa2net.runtimes.acceptance import version_of
 from msa2net.runtimes.backends import default_threads
 from msa2net.runtimes.bundle import Manifest
 from msa2net.runtimes.cache import processor_name
+from msa2net.runtimes.files import write_json as write_whole
 
 PACKAGES = ("msa2net-edge", "numpy", "torch", "onnxruntime", "openvino")
 FLOOR_SIZE = 2048
@@ -31,7 +31,7 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := version(name))},
+        "versions": {name: found for name in PACKAGES if (found := version_of(name))},
         "commit": _commit(),
     }
 
@@ -45,15 +45,7 @@ def require_folder(file: Path | None) -> None:
 def write_json(file: Path | None, result: dict[str, Any]) -> None:
     """Writes a result, if a file is named."""
     if file is not None:
-        acceptance.write_json(file, result)
-
-
-def version(package: str) -> str | None:
-    """Of an installed package; None if it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        write_whole(file, result)
 
 
 def _commit() -> str | None:

@@ -83,6 +83,12 @@ def phantom(kind: str, seed: int, size: tuple[int, int] = (SIZE, SIZE)) -> Phant
 
 
 @lru_cache(maxsize=64)
+def frames(shape: tuple[int, ...], count: int, seed: int) -> list[NDArray[np.uint8]]:
+    """Phantoms of both kinds in turn as (H, W, 3) or (H, W) frames, contiguous; their seeds count from `seed`."""
+    images = (phantom(KINDS[i % len(KINDS)], seed + i, (shape[0], shape[1])).image for i in range(count))
+    return [np.ascontiguousarray(image if len(shape) == 3 else image[..., 1]) for image in images]
+
+
 def _bspline_matrix(length: int, cells: int) -> Float:
     """(length, cells + 3) cubic B-spline weights that enlarge a row of knots to ``length`` samples."""
     position = (np.arange(length) + 0.5) / length * cells

@@ -27,11 +27,11 @@ from msa2net.errors import ExportError
 from msa2net.export import onnx_file, openvino_ir, parity
 from msa2net.runtimes import measure, postprocess, preprocess
 from msa2net.runtimes.backends import ADDED, FrameBackend, backend_class
-from msa2net.runtimes.bundle import Artifact, Manifest
+from msa2net.runtimes.bundle import BAKED_OUTPUTS, Artifact, Manifest
 from msa2net.runtimes.postprocess import nearest_grid
 from msa2net.runtimes.preprocess import MAX_PIXELS, MAX_SIDE, place, resize_table
 
-EXTRAS = ("confidence", "colors")
+EXTRAS = BAKED_OUTPUTS[2:]
 _MOST_TAPS = 12  # up to which OpenVINO fuses weighted rows; beyond, and elsewhere, products of blocks are faster
 _ALIGNMENT = 64  # bytes, of a constant in the file that is mapped
 _BLOCK = 28  # outputs of a block: more waste arithmetic on zeros, fewer on overlaps and calls
@@ -85,8 +85,11 @@ class _Graph:
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attributes))
         return output
 
-    def cast(self, x: str, kind: int, output: str = "") -> str:
-        return self.add("Cast", x, to=kind, output=output)
+    def number(self, value: float) -> str:
+        return self.const(np.array(value, np.float32))
+
+    def cast(self, x: str, kind: int) -> str:
+        return self.add("Cast", x, to=kind)
 
     def reshape(self, x: str, *shape: int) -> str:
         return self.add("Reshape", x, self.const(np.array(shape, np.int64)))
@@ -171,8 +174,6 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
     fused   weighted rows instead of products of blocks, where there are few: for a runtime that fuses them
     """
     contract = manifest.input
-    if size.colour and contract.channels == 1:
-        raise ExportError("--bake", f"got {size}", "expected grey: the network takes grey", f"As {size}:grey.")
     graph, spot, planes = _Graph("front"), place(contract, size.rows, size.columns), 3 if size.colour else 1
     x = graph.reshape("frame", size.rows, size.columns * planes)
     rows = resize_table(contract.resize, size.rows, spot.height)
@@ -186,7 +187,7 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
         x = graph.add("Pad", x, graph.const(edges))
     # In the order of `to_tensor`: the fewer last bits differ, the fewer values int8 rounds another way.
     mean, std = (np.asarray(each, np.float32).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
-    x = graph.add("Sub", graph.add("Div", x, *_number(graph, 255)), graph.const(mean))
+    x = graph.add("Sub", graph.add("Div", x, graph.number(255)), graph.const(mean))
     graph.add("Div", x, graph.const(std), output="image")
     image = (1, contract.channels, contract.height, contract.width)
     return _model(graph, "front", [("frame", TensorProto.UINT8, size.shape)], [("image", TensorProto.FLOAT, image)])
@@ -201,8 +202,7 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
     x = graph.reshape(x, classes, spot.height, spot.width)
     shares, rows, columns = "", *nearest_grid((spot.height, spot.width), whole, manifest.enlarge)
     if manifest.enlarge == "bilinear":
-        x = graph.reshape(graph.add("Softmax", x, axis=0), classes, spot.height, spot.width)
-        x = graph.add("Transpose", x, perm=[1, 0, 2])
+        x = graph.add("Transpose", graph.add("Softmax", x, axis=0), perm=[1, 0, 2])
         x = graph.reshape(x, spot.height, classes * spot.width)
         x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), fused)
         x = graph.reshape(x, size.rows * classes, spot.width)
@@ -230,9 +230,8 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
     outputs: list[tuple[str, int, Sequence[int]]] = [("mask", TensorProto.UINT8, whole)]
     if "confidence" in extras:
         best = best or graph.add("ReduceMax", shares, graph.const(np.array([0])), keepdims=0)
-        scaled = graph.add(
-            "Floor", graph.add("Add", graph.add("Mul", best, *_number(graph, 255)), *_number(graph, 0.5))
-        )
+        scaled = graph.add("Add", graph.add("Mul", best, graph.number(255)), graph.number(0.5))
+        scaled = graph.add("Floor", scaled)
         enlarged(graph.cast(scaled, TensorProto.UINT8), "confidence")
         outputs.append(("confidence", TensorProto.UINT8, whole))
     if "colors" in extras:
@@ -241,10 +240,6 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
         outputs.append(("colors", TensorProto.UINT8, (*whole, 3)))
     logits = (1, classes, contract.height, contract.width)
     return _model(graph, "back", [("logits", TensorProto.FLOAT, logits)], outputs)
-
-
-def _number(graph: _Graph, value: float) -> tuple[str]:
-    return (graph.const(np.array(value, np.float32)),)
 
 
 def write(
@@ -268,7 +263,7 @@ def agreement(
     network = _opened(folder, manifest, artifact, [file.path for file in artifact.files])
     whole = _opened(folder, manifest, artifact, files)
     equal = []
-    for case in parity.sized_cases(size.rows, size.columns, size.colour, frames):
+    for case in parity.shaped_cases(size.shape, frames):
         (raw,) = network(preprocess.to_tensor(case.frame, manifest.input))
         _, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
         equal.append(measure.pixel_agreement(mask, whole(case.frame)[1]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from msa2net.core.data import Dataset
 from msa2net.core.network import MSA2Net
-from msa2net.core.phantoms import KINDS, phantom
+from msa2net.core.phantoms import KINDS, frames, phantom
 from msa2net.errors import DataError, ExportError, FrameError
 from msa2net.export import fp16
 from msa2net.runtimes import postprocess, preprocess
@@ -71,14 +71,10 @@ def phantom_cases(grey: bool, count: int = 40) -> list[Case]:
     return cases
 
 
-def sized_cases(rows: int, columns: int, colour: bool, count: int = 1) -> list[Case]:
-    """Phantoms of one size, in colour or grey."""
-    cases = []
-    for i in range(count):
-        image = phantom(KINDS[i % len(KINDS)], PHANTOM_SEED + 1000 + i, (rows, columns)).image
-        frame = image if colour else np.ascontiguousarray(image[..., 1])
-        cases.append(Case(f"phantom {columns}x{rows} {i}", frame))
-    return cases
+def shaped_cases(shape: tuple[int, ...], count: int = 1) -> list[Case]:
+    """Phantoms of one shape, (H, W, 3) or (H, W)."""
+    found = frames(shape, count, PHANTOM_SEED + 1000)
+    return [Case(f"phantom of {shape} {i}", frame) for i, frame in enumerate(found)]
 
 
 def saturating_case() -> Case:

@@ -22,6 +22,7 @@ from msa2net.core.checkpoint import load_model, read_checkpoint, save_checkpoint
 from msa2net.core.config import IMAGE_SIZE, variant_name
 from msa2net.core.data import open_for
 from msa2net.core.network import MSA2Net
+from msa2net.core.phantoms import MIN_SIZE
 from msa2net.core.rewrites import chosen, rewritten
 from msa2net.errors import CheckpointError, ExportError, Msa2NetError, RuntimeUnavailableError
 from msa2net.export import bake as baking
@@ -38,6 +39,7 @@ from msa2net.runtimes.backends import (
     why_not_precision,
 )
 from msa2net.runtimes.bundle import (
+    BAKED_OUTPUTS,
     ENLARGE_OF,
     ENLARGE_RULES,
     FITS,
@@ -50,7 +52,7 @@ from msa2net.runtimes.bundle import (
     TARGETS,
     VERDICTS,
     Manifest,
-    digest_of,
+    digest_of_path,
     parse_manifest,
     parse_speed,
 )
@@ -203,12 +205,12 @@ def export_bundle(
         "compute_capabilities": [],
     }
     read = read_checkpoint(checkpoint)
-    checkpoints = {"checkpoint": _digest(read.path)}
+    checkpoints = {"checkpoint": digest_of_path(read.path)}
     model = load_model(read)
     int8 = any(precision in INT8 for _, precision in wanted)
     tuned = _fine_tuned(fine_tuned, model, int8)
     if fine_tuned is not None:
-        checkpoints["fine-tuned checkpoint"] = _digest(Path(fine_tuned))
+        checkpoints["fine-tuned checkpoint"] = digest_of_path(Path(fine_tuned))
     said = read.metadata
     resize = resize or said.get("resize", "bilinear")
     if resize not in RESIZE_RULES:
@@ -271,7 +273,7 @@ def export_bundle(
         if int8:
             golden.append(parity.saturating_case())
         for size in sizes:
-            golden += parity.sized_cases(size.rows, size.columns, size.colour)
+            golden += parity.shaped_cases(size.shape)
         document["golden"] = [
             {key: f"golden/{i}_{key}.npy" for key in ("frame", "logits", "mask")} for i in range(len(golden))
         ]
@@ -394,6 +396,10 @@ def _frame_sizes(
         raise ExportError(
             "--bake", f"got {colour[0]}", "expected grey: the network takes grey", f"As {colour[0]}:grey."
         )
+    if small := [size for size in sizes if min(size.rows, size.columns) < MIN_SIZE]:
+        raise ExportError(
+            "--bake", f"got {small[0]}", f"expected at least {MIN_SIZE} a side", "Give the camera's size."
+        )
     return sizes
 
 
@@ -416,7 +422,7 @@ def _bake(
                     f"expected {least:.2%}",
                     "Leave --bake out, and report it.",
                 )
-            about = {"frame": list(size.shape), "outputs": ["logits", "mask", *extras], "pixel_agreement": found}
+            about = {"frame": list(size.shape), "outputs": [*BAKED_OUTPUTS[:2], *extras], "pixel_agreement": found}
             entry.setdefault("baked", []).append(about | {"files": list(files)})
     for entry in document["artifacts"]:  # only now: the graphs of two artifacts may add to one file
         if entry["runtime"] in BAKED and sizes:
@@ -438,11 +444,6 @@ def _one_thread() -> Iterator[None]:
 
 def _kind(data: str | None) -> str:
     return data.partition(":")[0] if data else "phantoms"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return digest_of(file)
 
 
 def _class_names(count: int) -> list[str]:
@@ -709,7 +710,7 @@ def _sources(runtime: str, batch: int) -> tuple[str, ...]:
 
 def _file_entry(folder: Path, relative: str) -> dict[str, Any]:
     path = folder / relative
-    return {"path": relative, "bytes": path.stat().st_size, "sha256": _digest(path)}
+    return {"path": relative, "bytes": path.stat().st_size, "sha256": digest_of_path(path)}
 
 
 def _entry(folder: Path, runtime: str, named: str, versions: dict[str, str], recipe: dict[str, Any]) -> dict[str, Any]:

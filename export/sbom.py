@@ -22,7 +22,7 @@ import numpy as np
 from packaging.requirements import Requirement
 
 from msa2net.export.parity import Case
-from msa2net.runtimes.bundle import digest_of, files_below
+from msa2net.runtimes.bundle import digest_of_path, files_below
 
 SBOM, SOUP = "sbom.cdx.json", "SOUP.md"
 OURS = "msa2net-edge"
@@ -100,9 +100,10 @@ def write(
     runtimes = list(dict.fromkeys(entry["runtime"] for entry in document["artifacts"]))
     on_device = _closure([OURS, "numpy", "pillow", *(name for each in runtimes for name in _RUNS_ON[each])])
     tools = dict.fromkeys([OURS, "numpy", *(name for each in runtimes for name in _TOOLS[each])])
-    bill = _bill(folder, document, checkpoints, data, on_device, [_library(name) for name in tools])
+    libraries = {name: _library(name) for name in {**on_device, **tools}}
+    bill = _bill(folder, document, checkpoints, data, on_device, list(tools), libraries)
     (folder / SBOM).write_text(json.dumps(bill, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / SOUP).write_text(_page(document, on_device), encoding="utf-8")
+    (folder / SOUP).write_text(_page(document, on_device, libraries), encoding="utf-8")
 
 
 def _bill(
@@ -111,7 +112,8 @@ def _bill(
     checkpoints: Mapping[str, str],
     data: Mapping[str, tuple[str, Sequence[Case]]],
     on_device: dict[str, list[str]],
-    tools: list[dict[str, Any]],
+    tools: Sequence[str],
+    libraries: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     sets: list[dict[str, Any]] = [
         {
@@ -125,19 +127,17 @@ def _bill(
     ]
     files = []
     for path in files_below(folder):
-        with (folder / path).open("rb") as file:
-            digest = digest_of(file)
+        digest = digest_of_path(folder / path)
         files.append({"type": "file", "bom-ref": f"file:{path}", "name": path, "hashes": _sha256(digest)})
     model_needs = [_PYTHON, f"library:{OURS}", *(f"file:{each['name']}" for each in files)]
     python = {"type": "platform", "bom-ref": _PYTHON, "name": _PYTHON, "version": platform.python_version()}
-    libraries = [_library(name) for name in on_device]
     bill: dict[str, Any] = {
         "version": 1,
         "metadata": {
-            "tools": {"components": [{**tool, "bom-ref": f"tool:{tool['name']}"} for tool in tools]},
+            "tools": {"components": [libraries[name] | {"bom-ref": f"tool:{name}"} for name in tools]},
             "component": _model(document, checkpoints, [each["bom-ref"] for each in sets]),
         },
-        "components": [*sets, *files, python, *libraries],
+        "components": [*sets, *files, python, *(libraries[name] for name in on_device)],
         "dependencies": [
             {"ref": "model", "dependsOn": model_needs},
             *(
@@ -314,7 +314,7 @@ def _sha256(digest: str) -> list[dict[str, str]]:
 # SOUP.md --------------------------------------------------------------------------------------------------------
 
 
-def _page(document: dict[str, Any], on_device: dict[str, list[str]]) -> str:
+def _page(document: dict[str, Any], on_device: dict[str, list[str]], libraries: Mapping[str, dict[str, Any]]) -> str:
     model = document["model"]
     items = [
         (
@@ -329,7 +329,7 @@ def _page(document: dict[str, Any], on_device: dict[str, list[str]]) -> str:
     ]
     versions = {}
     for name, needs in on_device.items():
-        about = _library(name)
+        about = libraries[name]
         urls = {each["type"]: each["url"] for each in about.get("externalReferences", [])}
         needed_by = ", ".join(other for other in on_device if name in on_device[other])
         versions[name] = about.get("version", "to be fixed on the device")

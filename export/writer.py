@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msa2net.errors import ExportError
-from msa2net.runtimes.bundle import MANIFEST, SUMS, digest_of, files_below, raised
+from msa2net.runtimes.bundle import MANIFEST, SUMS, digest_of_path, files_below, raised
 
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # renameat2's flags and AT_FDCWD
 _PARTIAL = ".msa2net-partial-"
@@ -95,8 +95,7 @@ def _clear_abandoned(parent: Path) -> None:
 def _write_sums(folder: Path) -> None:
     lines = []
     for relative in files_below(folder):
-        with (folder / relative).open("rb") as file:
-            lines.append(f"{digest_of(file)}  {relative}\n")
+        lines.append(f"{digest_of_path(folder / relative)}  {relative}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 

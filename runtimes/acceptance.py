@@ -7,7 +7,6 @@ recorded at export, and what the device is. The report names no path and no host
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from msa2net.errors import BundleError, Msa2NetError
+from msa2net.errors import BundleError
 from msa2net.runtimes.backends import RUNTIMES
 from msa2net.runtimes.bundle import Bundle
 from msa2net.runtimes.cache import cpu_features, processor_name
@@ -121,26 +120,13 @@ def _device(runtime: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: found for name in names if (found := _version(name))},
+        "packages": {name: found for name in names if (found := version_of(name))},
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None if it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    """Writes a result; what the file held before stays whole until it is there, and is lost in no power cut."""
-    beside = file.with_name(f".{file.name}.partial")
-    try:
-        with beside.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(result, indent=1) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        beside.replace(file)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise Msa2NetError(file, f"cannot be written ({error.strerror})", "", "Name another file.") from error

@@ -490,17 +490,18 @@ def _all_baked(node: _Node, runtime: str) -> tuple[Baked, ...]:
 
 def _artifact(node: _Node) -> Artifact:
     tolerance, versions, parity = node.get("tolerance"), node.get("versions"), node.get("parity")
+    runtime = node.get("runtime").text()
     rest, speed, recipe, baked = (node.optional(key) for key in ("rest", "speed", "recipe", "baked"))
     return Artifact(
-        runtime=node.get("runtime").text(),
+        runtime=runtime,
         precision=node.get("precision").text(*PRECISIONS),
-        files=_files(node, node.get("runtime").text()),
+        files=_files(node, runtime),
         versions={_Node(key, versions.path).text(): versions.get(key).text() for key in versions.object()},
         tolerance=Tolerance(logit=tolerance.get("logit").number(0, 1e6), pixels=tolerance.get("pixels").number(0, 1)),
         rest=rest.text("fp32", "bf16") if rest else "fp32",
         speed=_speed(speed) if speed else None,
         recipe=_recipe(recipe) if recipe else None,
-        baked=_all_baked(baked, node.get("runtime").text()) if baked else (),
+        baked=_all_baked(baked, runtime) if baked else (),
         accuracy=parity.get("verdict").text(*VERDICTS),
         shortfalls=tuple(reason.text() for reason in parity.get("reasons").items()),
         parity=parity.object(),
@@ -513,6 +514,12 @@ def digest_of(file: BufferedReader) -> str:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0)
     return digest
+
+
+def digest_of_path(path: Path) -> str:
+    """SHA-256 of the file that a writer has just written there; a reader hashes what it has opened."""
+    with path.open("rb") as file:
+        return digest_of(file)
 
 
 def _shown(path: str) -> str:

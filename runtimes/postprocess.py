@@ -80,11 +80,11 @@ def to_confidence(
     logits: NDArray[np.float32], placement: Placement, size: tuple[int, int], enlarge: str
 ) -> NDArray[np.uint8]:
     """(K, h, w) logits -> (H, W) uint8: 255 times the probability of the mask's class, rounded."""
-    if enlarge == "bilinear":
+    if enlarge == "bilinear":  # at the frame's size already
         best = to_probabilities(logits, placement, size, enlarge).max(0)
-        return np.floor(best * 255 + np.float32(0.5)).astype(np.uint8)
-    small = np.floor(softmax(crop(logits, placement)).max(0) * 255 + np.float32(0.5)).astype(np.uint8)
-    return _enlarged(small, size, enlarge)
+    else:
+        best = softmax(crop(logits, placement)).max(0)
+    return _enlarged(np.floor(best * 255 + np.float32(0.5)).astype(np.uint8), size, enlarge)
 
 
 def _enlarged(small: NDArray[np.uint8], size: tuple[int, int], enlarge: str) -> NDArray[np.uint8]:

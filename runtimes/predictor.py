@@ -144,7 +144,7 @@ class Segmentation:
         return self._made["colors"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Graph:
     """A graph that is loaded: the network alone, or a baked one with the names of its `outputs`."""
 
@@ -295,23 +295,20 @@ class Predictor:
                 )
         asked = {"runtime_asked": runtime, "precision_asked": precision, "device_asked": device, "signature": signed}
         with ExitStack() as stack, ExitStack() as failed:
-
-            def loaded(part: Artifact | Baked) -> tuple[_Graph, Slot | None]:
-                backend, slot = _load(bundle, artifact, part, device, threads, cache, stack, failed)
-                shape = "x".join(map(str, part.frame)) if isinstance(part, Baked) else ""
-                execution = _execution(bundle, artifact, backend, asked, slot is not None and slot.hit, shape)
-                return _Graph(backend, execution, part.outputs if isinstance(part, Baked) else ()), slot
-
             slots = []
-            network = None
-            if frame_shape is None:
-                network, slot = loaded(artifact)
+
+            def loaded(part: Artifact | Baked) -> _Graph:
+                backend, slot = _load(bundle, artifact, part, device, threads, cache, stack, failed)
                 slots.append(slot)
-            graphs = {}
-            for part in baked:
-                graphs[part.frame], slot = loaded(part)
-                slots.append(slot)
-            predictor = cls(bundle, artifact, network, graphs)
+                outputs: tuple[str, ...] = ()
+                name = "network"
+                if isinstance(part, Baked):
+                    outputs, name = part.outputs, f"baked {'x'.join(map(str, part.frame))}"
+                execution = _execution(bundle, artifact, backend, asked, slot is not None and slot.hit, name)
+                return _Graph(backend, execution, outputs)
+
+            network = loaded(artifact) if frame_shape is None else None
+            predictor = cls(bundle, artifact, network, {part.frame: loaded(part) for part in baked})
             built = network and network.backend.facts.built
             # int8 has been seen to be right on one CPU and not on another that has the same instructions.
             if built or self_test or (artifact.precision in INT8 and artifact.passed):
@@ -380,8 +377,7 @@ class Predictor:
 
     def _graph_for(self, pixels: NDArray[Any]) -> _Graph:
         """The baked graph that the frame fits, else the network. Raises FrameError if that is not loaded."""
-        fitting = self._baked.get(pixels.shape) if pixels.dtype == np.uint8 else None
-        if found := fitting or self._network:
+        if found := self._fitting(pixels):
             return found
         shapes = " or ".join(f"uint8 {shape}" for shape in self._baked)
         raise FrameError(
@@ -390,6 +386,9 @@ class Predictor:
             f"expected {shapes}: the predictor was loaded for it",
             "Load it without frame_shape.",
         )
+
+    def _fitting(self, pixels: NDArray[Any]) -> _Graph | None:
+        return (self._baked.get(pixels.shape) if pixels.dtype == np.uint8 else None) or self._network
 
     def logits(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         """The network alone: (1, C, h, w) float32, resized and normalised by the caller -> (K, h, w) float32 logits.
@@ -444,26 +443,26 @@ class Predictor:
         """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
         self._check_usable()
         difference, agreement, repeats, frames = 0.0, 1.0, True, 0
-        unseen = {id(graph): graph for graph in self._graphs()}
+        ran: set[_Graph] = set()
         for entry in self.bundle.manifest.golden:
             frame = self._golden(entry.frame)
-            if not self._takes(frame):
+            fitting = self._fitting(frame)
+            if fitting is None:
                 continue
             frames += 1
-            try:
-                pixels = preprocess.check_frame(frame)
-                fitting = self._graph_for(pixels)
-                # The network serves other frames, so it runs those of the baked graphs, too.
-                for graph in {id(each): each for each in (fitting, self._network) if each}.values():
+            # The network serves other frames, so it runs those of the baked graphs, too.
+            for graph in {fitting, self._network or fitting}:
+                try:
+                    pixels = preprocess.check_frame(frame)
                     found, again = (self._segment(graph, pixels, None, perf_counter_ns()) for _ in range(2))
-                    logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
-                    difference = max(difference, float(np.abs(found.logits - logits).max()))
-                    agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
-                    repeats = repeats and np.array_equal(found.logits, again.logits)
-                    unseen.pop(id(graph), None)
-            except FrameError as error:
-                raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
-        for graph in unseen.values():
+                except FrameError as error:
+                    raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
+                logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
+                difference = max(difference, float(np.abs(found.logits - logits).max()))
+                agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
+                repeats = repeats and np.array_equal(found.logits, again.logits)
+                ran.add(graph)
+        for graph in set(self._graphs()) - ran:
             found_text = f"no frame for the graph '{graph.execution.graph}', which is loaded"
             raise BundleError("golden", found_text, "expected one", "Export the model again.")
         tolerance = self.artifact.tolerance
@@ -475,10 +474,7 @@ class Predictor:
     def golden_frames(self) -> list[NDArray[Any]]:
         """The bundle's golden frames that this predictor takes. Raises BundleError if one changed."""
         frames = (self._golden(entry.frame) for entry in self.bundle.manifest.golden)
-        return [frame for frame in frames if self._takes(frame)]
-
-    def _takes(self, frame: NDArray[Any]) -> bool:
-        return self._network is not None or (frame.dtype == np.uint8 and frame.shape in self._baked)
+        return [frame for frame in frames if self._fitting(frame)]
 
     def _golden(self, path: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
         """A golden array; BundleError if it is damaged, or not finite or not of `like`'s dtype and shape."""
@@ -574,7 +570,7 @@ def _load(
 
 
 def _execution(
-    bundle: Bundle, artifact: Artifact, backend: Backend, asked: dict[str, str], cached: bool, shape: str
+    bundle: Bundle, artifact: Artifact, backend: Backend, asked: dict[str, str], cached: bool, graph: str
 ) -> Execution:
     facts = backend.facts
     return Execution(
@@ -591,7 +587,7 @@ def _execution(
         model_version=bundle.manifest.model_version,
         bundle_digest=bundle.digest,
         layers=facts.layers,
-        graph=f"baked {shape}" if shape else "network",
+        graph=graph,
     )
 
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import FrameError
-from msa2net.runtimes.bundle import InputContract
+from msa2net.runtimes.bundle import MOST_SIDE, InputContract
 
 MAX_PIXELS = 2**26  # rows x columns: a little over 8k x 8k; a bigger claim is an attack or a mistake
-MAX_SIDE = 2**15  # rows or columns: a weight table is as wide as its side
+MAX_SIDE = MOST_SIDE  # rows or columns: a weight table is as wide as its side
 _BAND = 7  # output rows resized at once, from the input rows that they need
 # Multiply-adds up to which OpenBLAS, numpy's matrix library, works on the calling thread alone. For more it wakes
 # others, which then spin for 30 ms: on two cores the inference that follows took up to five times as long.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msa2net.errors import SignatureError
 from msa2net.runtimes.bundle import SUMS, Bundle
+from msa2net.runtimes.files import write_json
 
 MEDIA = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD = "application/vnd.in-toto+json"
@@ -80,12 +80,7 @@ def sign(bundle: str | Path, key: str | Path, output: str | Path | None = None, 
         },
     }
     target = Path(output) if output else path_of(Path(bundle))
-    beside = target.with_name(f".{target.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(target)
+    write_json(target, document, indent=None)
     return target
 
 

@@ -20,6 +20,7 @@ from msa2net.runtimes import acceptance
 from msa2net.runtimes.backends import candidates
 from msa2net.runtimes.backends.onnxruntime import OnnxRuntimeBackend
 from msa2net.runtimes.bundle import MANIFEST, Bundle
+from msa2net.runtimes.files import write_json
 
 RUNTIMES = candidates("CPU")
 
@@ -117,13 +118,13 @@ def test_the_command_prints_what_it_found(bundle: Path, capsys: pytest.CaptureFi
 
 def test_a_report_that_cannot_be_written_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "report.json"
-    acceptance.write_json(file, {"a": 1})
+    write_json(file, {"a": 1})
 
     def full(_: int) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(Msa2NetError, match=r"cannot be written \(No space left on device\)"):
-        acceptance.write_json(file, {"b": 2})
+        write_json(file, {"b": 2})
     assert json.loads(file.read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

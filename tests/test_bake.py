@@ -207,6 +207,7 @@ def test_outputs_that_cannot_be_right_give_no_mask(
     [
         ({"runtimes": ("pytorch",), "bake": ("9x9",)}, "--bake: no runtime takes it, expected onnxruntime or openvino"),
         ({"bake": ("9x9",), "bake_outputs": ("depth",)}, "--bake-outputs: got 'depth', expected confidence, colors"),
+        ({"bake": ("31x999",)}, "--bake: got 31x999, expected at least 32 a side. Give the camera's size."),
         ({"bake": ("9x9",), "channels": 1}, "--bake: got 9x9, expected grey: the network takes grey. As 9x9:grey."),
     ],
 )

@@ -81,17 +81,26 @@ Descriptor open_file(int folder, const std::string& path) {
   return file;
 }
 
-Bytes read_all(const Descriptor& file, const std::string& path, std::size_t most) {
-  Bytes content;
-  std::array<std::uint8_t, 1 << 16> buffer;
+// Hands a file's bytes, from its start, to `use`, piece by piece.
+template <typename Use>
+void read_pieces(const Descriptor& file, const std::string& path, const Use& use) {
+  std::array<std::uint8_t, 1 << 18> buffer;
   for (off_t at = 0;;) {
     const ssize_t got = ::pread(file.get(), buffer.data(), buffer.size(), at);
     if (got < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
-    if (got == 0) return content;
-    content.insert(content.end(), buffer.begin(), buffer.begin() + got);
-    if (content.size() > most) refuse(path, "has over " + std::to_string(most) + " bytes", "fewer");
+    if (got == 0) return;
+    use(buffer.data(), static_cast<std::size_t>(got));
     at += got;
   }
+}
+
+Bytes read_all(const Descriptor& file, const std::string& path, std::size_t most) {
+  Bytes content;
+  read_pieces(file, path, [&](const std::uint8_t* data, std::size_t size) {
+    content.insert(content.end(), data, data + size);
+    if (content.size() > most) refuse(path, "has over " + std::to_string(most) + " bytes", "fewer");
+  });
+  return content;
 }
 
 Descriptor open_folder(const char* path) {
@@ -292,14 +301,8 @@ Manifest parse_manifest(const Json& root, const std::map<std::string, std::strin
 
 std::string hashed(const Descriptor& file, const std::string& path) {
   Sha256 digest;
-  std::array<std::uint8_t, 1 << 18> buffer;
-  for (off_t at = 0;;) {
-    const ssize_t got = ::pread(file.get(), buffer.data(), buffer.size(), at);
-    if (got < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
-    if (got == 0) return digest.hex();
-    digest.add(buffer.data(), static_cast<std::size_t>(got));
-    at += got;
-  }
+  read_pieces(file, path, [&](const std::uint8_t* data, std::size_t size) { digest.add(data, size); });
+  return digest.hex();
 }
 
 // Of numpy's format 1.0, row-major and little-endian: where the data begins. BUNDLE.md, section 8.
@@ -585,9 +588,10 @@ struct msa2net {
                                          manifest.width};
     const std::lock_guard<std::mutex> lock(mutex);
     for (const Golden& golden : manifest.golden) {
-      const Bytes frame = checked(golden.frame), logits = checked(golden.logits), mask = checked(golden.mask);
+      const Bytes frame = checked(golden.frame);
       const std::uint8_t* const pixels = npy(frame, golden.frame, "|u1", shape, frame_bytes());
       if (!pixels) continue;  // of another size
+      const Bytes logits = checked(golden.logits), mask = checked(golden.mask);
       infer(pixels);
       const ov::Tensor first = request.get_output_tensor(0);
       const std::vector<float> before(first.data<const float>(), first.data<const float>() + first.get_size());
