@@ -47,6 +47,10 @@ class OutputError(Msa2NetError):
     """A runtime that failed, or logits not finite or not of the promised shape: no mask is made from them."""
 
 
+class FaultError(OutputError):
+    """A predictor whose stream has failed: it gives no mask until `Predictor.reset` has proven it again."""
+
+
 class ExportError(Msa2NetError):
     """An export that was refused; unless it says otherwise, nothing has been written under the target's name."""
 

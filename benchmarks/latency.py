@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from msa2net.benchmarks import machine
+from msa2net.benchmarks import machine, stream
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import DemoModelWarning, Predictor, Timings
 from msa2net.runtimes.backends import default_threads, why_not
@@ -355,6 +355,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--plain", action="store_true", help="beside each runtime the plain export of the reference")
     parser.add_argument("--quick", action="store_true", help="under 40 s: fewer rounds, start-up once")
+    parser.add_argument("--stream", action="store_true", help="camera to mask, under a source paced at --fps")
+    parser.add_argument("--fps", type=float, default=30, help="of --stream, default 30")
+    parser.add_argument("--seconds", type=float, default=60, help="of --stream, default 60")
+    parser.add_argument("--frame", default="1920x1080", help="of --stream, WIDTHxHEIGHT or WIDTHxHEIGHT:grey")
+    parser.add_argument("--precision", default="fp32", help="of --stream, whose --runtimes is one")
+    parser.add_argument("--recheck-every", type=int, help="of --stream: a golden frame after so many frames")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, raw samples included")
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore", DemoModelWarning)
@@ -362,6 +368,22 @@ def main(argv: list[str] | None = None) -> int:
         machine.require_folder(arguments.json)
         path = small_bundle() if arguments.model else arguments.bundle or DEMO_BUNDLE
         runtimes = arguments.runtimes.split(",") if arguments.runtimes else None
+        if arguments.stream:
+            from msa2net.export.bake import FrameSize
+
+            result = stream.measure(
+                path,
+                (runtimes or ["openvino"])[0],
+                arguments.precision,
+                arguments.threads,
+                fps=arguments.fps,
+                seconds=arguments.seconds,
+                shape=FrameSize.parse(arguments.frame).shape,
+                recheck_every=arguments.recheck_every,
+            )
+            print(stream.table(result))
+            machine.write_json(arguments.json, result)
+            return 0
         result = measure(path, runtimes, arguments.threads, arguments.rounds, arguments.quick, arguments.plain)
     except Msa2NetError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
+from threading import Condition, Lock
 from time import perf_counter_ns
 from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msa2net.errors import BundleError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
-from msa2net.runtimes import images, measure, postprocess, preprocess, signature
+from msa2net.errors import BundleError, FaultError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
+from msa2net.runtimes import images, measure, postprocess, preprocess, signature, stream
 from msa2net.runtimes.backends import (
     BAKED,
     INT8,
@@ -38,6 +39,8 @@ from msa2net.runtimes.cache import CacheWarning, Slot, default_folder
 
 log = logging.getLogger("msa2net")
 _NOT_PASSED = "failed its accuracy check at export"
+_OFF = "Do not use it on this device: update the runtime and its driver, or take another runtime."
+_IDLE_SECONDS = 10.0  # how long closing waits for frames that are in the runtime
 DEMO_BUNDLE = Path(__file__).parent / "demo.bundle"
 
 
@@ -97,13 +100,14 @@ class Execution:
 
 
 class Segmentation:
-    """The result for one frame of H rows and W columns, K classes.
+    """The result for one frame, or a region of it, of H rows and W columns, K classes.
 
     mask        (H, W) uint8 class indices
     logits      (K, h, w) float32, the network's raw output at its own size
     classes     their names and colours
     timings     milliseconds of the three parts
     execution   what ran
+    region      (top, left, H, W) in the frame; all of it if none was asked for
     """
 
     def __init__(
@@ -121,6 +125,15 @@ class Segmentation:
         self.mask, self.logits, self.classes = mask, logits, classes
         self.timings, self.execution = timings, execution
         self._placement, self._enlarge = placement, enlarge
+        self.region: tuple[int, int, int, int] = (0, 0, mask.shape[0], mask.shape[1])
+        self._frame_size = (mask.shape[0], mask.shape[1])
+
+    def on_frame(self, outside: int = 0) -> NDArray[np.uint8]:
+        """The mask at the frame's size, with the value `outside` where the region is not."""
+        top, left, rows, columns = self.region
+        whole = np.full(self._frame_size, outside, np.uint8)
+        whole[top : top + rows, left : left + columns] = self.mask
+        return whole
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
@@ -151,6 +164,16 @@ class _Graph:
     backend: Backend
     execution: Execution
     outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Golden:
+    """A golden frame for a graph, and what it gave at export."""
+
+    graph: _Graph
+    pixels: NDArray[Any]
+    logits: NDArray[np.float32]
+    mask: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -201,7 +224,10 @@ class SelfTest:
 
 
 class Predictor:
-    """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork."""
+    """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork.
+
+    fault   what went wrong in a stream, until `reset`; else None
+    """
 
     def __init__(
         self, bundle: Bundle, artifact: Artifact, network: _Graph | None, baked: dict[tuple[int, ...], _Graph]
@@ -211,6 +237,9 @@ class Predictor:
         self.execution = (network or next(iter(baked.values()))).execution
         self._process = os.getpid()
         self._closed = False
+        self.fault: FaultError | None = None
+        self._idle = Condition()
+        self._users = 0  # frames in the runtime
 
     @classmethod
     def load(
@@ -333,40 +362,128 @@ class Predictor:
                 f"runtime {self.execution.runtime!r}",
                 f"what {'it built' if built else 'runs'} on this device does not do what was exported ({verdict})",
                 "expected the golden frames to pass",
-                "Do not use it on this device: update the runtime and its driver, or take another runtime.",
+                _OFF,
             )
         return asdict(verdict) | {"passed": True}
 
-    def predict(self, frame: Any, *, bits: int | None = None) -> Segmentation:
+    def predict(
+        self, frame: Any, *, bits: int | None = None, region: tuple[int, int, int, int] | None = None
+    ) -> Segmentation:
         """Segments one frame.
 
         frame   (H, W) grey or (H, W, 3) RGB array: uint8, uint16 or float32 in [0, 1]; or a PIL image, a pydicom
                 Dataset, or the path of a PNG, JPEG, TIFF, `.npy` or DICOM file that holds one frame
         bits    for a uint16 array: how many bits the device stores; 16 if None (files and datasets say it themselves)
+        region  (top, left, rows, columns) of the frame: the rest is not looked at, and the mask is the region's
 
         Raises FrameError for anything else (dtype, shape, NaN, out of range, no pixels, unreadable), and OutputError
         if the runtime returns values that are not finite. The same frame gives the same bits at every call.
         """
-        self._check_usable()
-        start = perf_counter_ns()
-        if not isinstance(frame, np.ndarray):
-            frame, bits = images.single(frame, bits)
-        pixels = preprocess.check_frame(frame, bits)
-        return self._segment(self._graph_for(pixels), pixels, bits, start)
+        return self._predict(frame, bits, region, nullcontext())
 
-    def _segment(self, graph: _Graph, pixels: NDArray[Any], bits: int | None, start: int) -> Segmentation:
+    def _predict(
+        self,
+        frame: Any,
+        bits: int | None,
+        region: tuple[int, int, int, int] | None,
+        turn: AbstractContextManager[object],
+    ) -> Segmentation:
+        """As `predict`; the runtime is used with `turn` held."""
+        with self._in_use():
+            start = perf_counter_ns()
+            if not isinstance(frame, np.ndarray):
+                frame, bits = images.single(frame, bits)
+            pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
+            segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
+            if region is not None:
+                segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
+            return segmentation
+
+    def stream(
+        self,
+        frames: Iterable[Any],
+        *,
+        in_flight: int = 2,
+        late: stream.Late = "drop",
+        deadline_ms: float | None = None,
+        timeout_ms: float = 5000,
+        recheck_every: int | None = None,
+        bits: int | None = None,
+        region: tuple[int, int, int, int] | None = None,
+    ) -> stream.Stream[Segmentation]:
+        """Video: segments what `frames` gives while it gives the next, and hands the results over in its order.
+
+        frames      arrays as `predict` takes them, which the source does not change afterwards; or pairs of one and the
+                    time of its capture, in nanoseconds of `time.monotonic_ns`, which is that of a camera's driver on
+                    Linux (CLOCK_MONOTONIC); without it a frame is captured when the source gives it
+        in_flight   how many frames are worked on at a time or wait for the caller; the runtime does one after the other
+        late        "drop": a frame that has not been begun gives way to a newer one, and one that is older than the
+                    deadline is not begun; "wait": the source is not asked for a frame before there is room
+        deadline_ms    milliseconds from capture until the caller gets the mask; a later one is given, and marked `late`
+        timeout_ms     milliseconds that a frame may be worked on
+        recheck_every  a golden frame is run after so many frames, each in its turn
+        bits, region   as of `predict`
+
+        A frame over the timeout, an output that is not finite, a runtime that fails or a golden frame that is off is a
+        fault: the stream gives no mask any more, and the predictor refuses everything with FaultError until `reset`.
+
+        Raises RuntimeUnavailableError for an argument out of range; what iterating raises is said at `stream.Stream`.
+        """
+        self._check_usable()
+        turn = Lock()
+        cases = itertools.cycle(self._golden_cases() if recheck_every else [])
+
+        def recheck() -> None:
+            with self._in_use():
+                verdict = self._try([next(cases)], 1, turn)
+            if not verdict.passed:
+                raise OutputError("golden frame", str(verdict), "expected a pass between two frames", _OFF)
+
+        return stream.start(
+            lambda frame: self._predict(frame, bits, region, turn),
+            recheck,
+            lambda fault: setattr(self, "fault", fault),
+            frames,
+            in_flight=in_flight,
+            late=late,
+            deadline_ms=deadline_ms,
+            timeout_ms=timeout_ms,
+            recheck_every=recheck_every,
+        )
+
+    def reset(self) -> None:
+        """After a fault: runs the golden frames, and if they pass predicts again.
+
+        Raises OutputError, and stays latched, if they do not; RuntimeUnavailableError while a frame that ran into the
+        timeout is still in the runtime.
+        """
+        self._wait_until_idle()
+        self._prove(built=False)
+        self.fault = None
+
+    def _segment(
+        self,
+        graph: _Graph,
+        pixels: NDArray[Any],
+        bits: int | None,
+        start: int,
+        turn: AbstractContextManager[object],
+    ) -> Segmentation:
         """A checked frame through a graph; `start` is when it came, in nanoseconds."""
         manifest, (rows, columns) = self.bundle.manifest, pixels.shape[:2]
         outputs: dict[str, NDArray[Any]] = {}
         if graph.outputs:
+            whole = np.ascontiguousarray(pixels)
             prepared = perf_counter_ns()
-            outputs = self._run(graph, np.ascontiguousarray(pixels))
+            with turn:
+                outputs = self._run(graph, whole)
             inferred = perf_counter_ns()
             logits, mask, placement = postprocess.check_baked(outputs, manifest, rows, columns)
         else:
             tensor = preprocess.to_tensor(pixels, manifest.input, bits)
             prepared = perf_counter_ns()
-            raw = self._infer(graph, tensor)
+            with turn:
+                raw = self._infer(graph, tensor)
             inferred = perf_counter_ns()
             logits, mask, placement = postprocess.finish(raw, manifest, rows, columns)
         done = perf_counter_ns()
@@ -396,7 +513,6 @@ class Predictor:
         For another pipeline's pixels, such as a published protocol's. Raises FrameError for another dtype or shape or
         values not finite, and OutputError as `predict` does.
         """
-        self._check_usable()
         if self._network is None:
             raise FrameError(
                 "tensor", "no network for it is loaded", "expected a frame", "Load it without frame_shape."
@@ -407,16 +523,39 @@ class Predictor:
             raise FrameError(
                 "tensor", f"got {tensor.dtype} {tensor.shape}", f"expected finite float32 {shape}", "Resize it first."
             )
-        raw = self._infer(self._network, np.ascontiguousarray(tensor))
+        with self._in_use():
+            raw = self._infer(self._network, np.ascontiguousarray(tensor))
         return postprocess.check_logits(raw, len(self.bundle.manifest.classes), contract.height, contract.width)
 
-    def _check_usable(self) -> None:
+    @contextmanager
+    def _in_use(self, faulty: bool = False) -> Iterator[None]:
+        """While the runtime is used; `faulty`: even if a fault is latched."""
+        with self._idle:
+            self._check_usable(faulty)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
+    def _wait_until_idle(self) -> None:
+        with self._idle:
+            if not self._idle.wait_for(lambda: not self._users, _IDLE_SECONDS):
+                found = f"{self._users} frames are still in the runtime after {_IDLE_SECONDS:g} s"
+                raise RuntimeUnavailableError("predictor", found, "expected none", "End the process.")
+
+    def _check_usable(self, faulty: bool = False) -> None:
         if os.getpid() != self._process:
             raise RuntimeUnavailableError(
                 "predictor", "was loaded before a fork", "expected the process that loaded it", "Load it in the child."
             )
         if self._closed:
             raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
+        if self.fault and not faulty:
+            found, expected = f"is latched after a fault ({self.fault})", "expected one that was proven since"
+            raise FaultError("predictor", found, expected, "Call reset().") from self.fault
 
     def _infer(self, graph: _Graph, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         with self._explained():
@@ -441,31 +580,39 @@ class Predictor:
 
     def self_test(self) -> SelfTest:
         """Runs the golden frames here and compares with the recorded outputs. Raises BundleError if one changed."""
-        self._check_usable()
-        difference, agreement, repeats, frames = 0.0, 1.0, True, 0
-        ran: set[_Graph] = set()
+        with self._in_use(faulty=True):
+            return self._try(self._golden_cases(), 2, nullcontext())
+
+    def _golden_cases(self) -> list[_Golden]:
+        """Each golden frame with each graph that has to do with it. Raises BundleError as `self_test` does."""
+        cases = []
+        contract, classes = self.bundle.manifest.input, len(self.bundle.manifest.classes)
         for entry in self.bundle.manifest.golden:
             frame = self._golden(entry.frame)
             fitting = self._fitting(frame)
             if fitting is None:
                 continue
-            frames += 1
+            try:
+                pixels = preprocess.check_frame(frame)
+            except FrameError as error:
+                raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
+            logits = self._golden(entry.logits, (np.float32, (classes, contract.height, contract.width)))
+            mask = self._golden(entry.mask, (np.uint8, pixels.shape[:2]))
             # The network serves other frames, so it runs those of the baked graphs, too.
-            for graph in {fitting, self._network or fitting}:
-                try:
-                    pixels = preprocess.check_frame(frame)
-                    found, again = (self._segment(graph, pixels, None, perf_counter_ns()) for _ in range(2))
-                except FrameError as error:
-                    raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
-                logits, mask = self._golden(entry.logits, found.logits), self._golden(entry.mask, found.mask)
-                difference = max(difference, float(np.abs(found.logits - logits).max()))
-                agreement = min(agreement, measure.pixel_agreement(found.mask, mask))
-                repeats = repeats and np.array_equal(found.logits, again.logits)
-                ran.add(graph)
-        for graph in set(self._graphs()) - ran:
+            cases += [_Golden(graph, pixels, logits, mask) for graph in {fitting, self._network or fitting}]
+        for graph in set(self._graphs()) - {case.graph for case in cases}:
             found_text = f"no frame for the graph '{graph.execution.graph}', which is loaded"
             raise BundleError("golden", found_text, "expected one", "Export the model again.")
-        tolerance = self.artifact.tolerance
+        return cases
+
+    def _try(self, cases: Sequence[_Golden], times: int, turn: AbstractContextManager[object]) -> SelfTest:
+        difference, agreement, repeats = 0.0, 1.0, True
+        for case in cases:
+            runs = [self._segment(case.graph, case.pixels, None, perf_counter_ns(), turn) for _ in range(times)]
+            difference = max(difference, float(np.abs(runs[0].logits - case.logits).max()))
+            agreement = min(agreement, measure.pixel_agreement(runs[0].mask, case.mask))
+            repeats = repeats and all(np.array_equal(runs[0].logits, again.logits) for again in runs[1:])
+        frames, tolerance = len({id(case.pixels) for case in cases}), self.artifact.tolerance
         return SelfTest(frames, difference, tolerance.logit, agreement, tolerance.pixels, repeats)
 
     def _graphs(self) -> list[_Graph]:
@@ -476,15 +623,14 @@ class Predictor:
         frames = (self._golden(entry.frame) for entry in self.bundle.manifest.golden)
         return [frame for frame in frames if self._fitting(frame)]
 
-    def _golden(self, path: str, like: NDArray[Any] | None = None) -> NDArray[Any]:
-        """A golden array; BundleError if it is damaged, or not finite or not of `like`'s dtype and shape."""
+    def _golden(self, path: str, like: tuple[Any, tuple[int, ...]] | None = None) -> NDArray[Any]:
+        """A golden array; BundleError if it is damaged, or not finite or not of the dtype and shape `like`."""
         try:
             array = images.read_npy(self.bundle.read(path))
         except FrameError as error:
             raise BundleError(path, error.found, error.expected, "Export the model again.") from error
-        as_promised = like is None or (array.dtype == like.dtype and array.shape == like.shape)
-        if like is not None and not (as_promised and np.isfinite(array).all()):
-            found, expected = f"got {array.dtype} {array.shape}", f"expected finite {like.dtype} {like.shape}"
+        if like is not None and not ((array.dtype, array.shape) == like and np.isfinite(array).all()):
+            found, expected = f"got {array.dtype} {array.shape}", f"expected finite {np.dtype(like[0])} {like[1]}"
             raise BundleError(path, found, expected, "Export the model again.")
         return array
 
@@ -515,9 +661,16 @@ class Predictor:
         return found
 
     def close(self) -> None:
-        """Frees the runtime. The Predictor cannot be used afterwards; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
+        """Frees the runtime. The Predictor cannot be used afterwards; a second call does nothing.
+
+        Waits for frames that other threads have in the runtime. Raises RuntimeUnavailableError, and frees nothing, if
+        they do not end within ten seconds. In a child after a fork, which has not the runtime's threads, it frees
+        nothing.
+        """
+        with self._idle:
+            first, self._closed = not self._closed, True
+        if first and os.getpid() == self._process:
+            self._wait_until_idle()
             for graph in self._graphs():
                 graph.backend.close()
 
@@ -598,7 +751,7 @@ def _choose(bundle: Bundle, precision: str, device: str) -> Artifact:
     """
     reasons = []
     wanted = INT8 if precision == "int8" else (precision,)
-    for precision, runtime in product(wanted, candidates(device)):
+    for precision, runtime in itertools.product(wanted, candidates(device)):
         try:
             if error := why_not(runtime) or why_not_precision(runtime, precision, device):
                 raise error

@@ -71,6 +71,21 @@ def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
     return frame
 
 
+def cut(frame: NDArray[Any], region: tuple[int, int, int, int]) -> NDArray[Any]:
+    """The region (top, left, rows, columns) of a frame. Raises FrameError unless it lies within it."""
+    whole = len(region) == 4 and all(isinstance(value, int) for value in region) and frame.ndim in (2, 3)
+    if whole:
+        top, left, rows, columns = region
+        if 0 <= top < top + rows <= frame.shape[0] and 0 <= left < left + columns <= frame.shape[1]:
+            return frame[top : top + rows, left : left + columns]
+    raise FrameError(
+        "region",
+        f"got {region} of a frame {frame.shape}",
+        "expected (top, left, rows, columns) within it",
+        "Check it.",
+    )
+
+
 def _check_values(frame: NDArray[np.float32]) -> None:
     low, high = float(frame.min()), float(frame.max())  # NaN if any value is
     if low >= 0 and high <= 1:

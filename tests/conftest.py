@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from bundles import set_manifest
 
+from msa2net.runtimes.backends import candidates
 from msa2net.runtimes.bundle import MANIFEST
-from msa2net.runtimes.predictor import DEMO_BUNDLE
+from msa2net.runtimes.predictor import DEMO_BUNDLE, Predictor
 
 # Read when triton is first imported: kernels run on the CPU, in its interpreter. On a GPU it is set to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -83,6 +84,12 @@ def examples() -> Callable[[str], Path]:
     from pydicom.examples import get_path
 
     return lambda name: Path(get_path(name))
+
+
+@pytest.fixture(scope="session")
+def predictors() -> dict[str, Predictor]:
+    """The demo on every runtime for CPUs."""
+    return {runtime: Predictor.load(DEMO_BUNDLE, runtime=runtime) for runtime in candidates("CPU")}
 
 
 @pytest.fixture(scope="session")

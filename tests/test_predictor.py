@@ -33,11 +33,6 @@ REAL = ("rgb_color", "ybr_color", "jpeg2k", "palette_color")
 FRAME = phantom("dermoscopy", 77, (120, 160)).image
 
 
-@pytest.fixture(scope="module")
-def predictors() -> dict[str, Predictor]:
-    return {runtime: Predictor.load(DEMO_BUNDLE, runtime=runtime) for runtime in CPU_RUNTIMES}
-
-
 @pytest.mark.parametrize("runtime", CPU_RUNTIMES)
 def test_the_golden_frames_pass(predictors: dict[str, Predictor], runtime: str) -> None:
     result = predictors[runtime].self_test()
@@ -507,7 +502,9 @@ def test_a_precision_that_a_backend_cannot_run_is_refused_and_not_relabelled(
 ) -> None:
     bundle = predictors[runtime].bundle
     backend = backends.backend_class(runtime)
-    refused = pytest.raises(RuntimeUnavailableError, match=REFUSES_INT8[runtime])
+    lacks = backends.cpu_lacks("int8") and runtime != "pytorch"  # then it is not even tried
+    text = "this CPU cannot run int8" if lacks else REFUSES_INT8[runtime]
+    refused = pytest.raises(RuntimeUnavailableError, match=text)
     with bundle.open_artifact(bundle.artifact(runtime, "fp32")) as files, refused:
         backend(files, bundle.manifest, "CPU", "int8", 1)
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import io
 import sys
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -143,7 +142,7 @@ class OpenVinoBackend:
                 "runtime 'openvino'", f"cannot load the model ({first})", "", "Update openvino, or export again."
             ) from error
         self._compiled = compiled
-        self._local = threading.local()
+        self._idle: deque[Any] = deque()  # requests that wait for a frame
         executed = self._executed()
         layers = Counter(found for kind, found in executed if kind not in _NO_COMPUTE)
         self.facts = Facts(
@@ -196,14 +195,17 @@ class OpenVinoBackend:
         return logits
 
     def run(self, x: NDArray[Any]) -> list[NDArray[Any]]:
-        # One request per thread: a request may not be shared while it runs.
-        if not hasattr(self._local, "request"):
-            self._local.request = self._compiled.create_infer_request()
-        request = self._local.request
+        # A request may not be shared while it runs, and making one takes as long as many frames: they are kept.
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
         request.infer([x], share_inputs=True)
         # The tensors are reused by the next call.
-        return [request.get_output_tensor(i).data.copy() for i in range(len(self._compiled.outputs))]
+        found = [request.get_output_tensor(i).data.copy() for i in range(len(self._compiled.outputs))]
+        self._idle.append(request)
+        return found
 
     def close(self) -> None:
-        self._local = threading.local()
+        self._idle.clear()
         del self._compiled

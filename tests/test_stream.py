@@ -1,0 +1,464 @@
+"""Video: order, bounds, drops, deadlines, faults, ends. Most of it runs on a stand-in for the work, whose every step
+is let go by the test: nothing here waits for a clock to prove an order."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from msa2net.core.phantoms import frames
+from msa2net.errors import FaultError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
+from msa2net.runtimes import Predictor, stream
+from msa2net.runtimes.stream import Stream
+
+PATIENCE = 20.0  # seconds until a test that hangs fails
+
+
+def started(work: Callable[[Any], Any], source: Any, **options: Any) -> Stream[Any]:
+    given: dict[str, Any] = {
+        "in_flight": 2,
+        "late": "wait",
+        "deadline_ms": None,
+        "timeout_ms": PATIENCE * 1000,
+        "recheck_every": None,
+    }
+    recheck = options.pop("recheck", lambda: None)
+    latch = options.pop("latch", lambda _: None)
+    return stream.start(work, recheck, latch, source, **given | options)
+
+
+def until(true: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.001)
+
+
+class Gate:
+    """Work that takes until it is let go, frame by frame; it says what it was given."""
+
+    def __init__(self) -> None:
+        self.begun: list[Any] = []
+        self._open = {each: threading.Event() for each in range(100)}
+
+    def __call__(self, frame: Any) -> Any:
+        self.begun.append(frame)
+        assert self._open[frame].wait(PATIENCE)
+        return f"mask {frame}"
+
+    def let(self, *which: int) -> None:
+        for each in which:
+            self._open[each].set()
+
+
+def test_masks_come_in_the_order_of_the_source_whatever_the_order_of_the_work() -> None:
+    gate = Gate()
+    with started(gate, range(6), in_flight=3) as found:
+        until(lambda: sorted(gate.begun) == [0, 1, 2])
+        gate.let(2, 1, 5, 4, 3)
+        time.sleep(0.01)
+        gate.let(0)
+        made = list(found)
+    assert [(each.index, each.segmentation) for each in made] == [(i, f"mask {i}") for i in range(6)]
+    report = found.report()
+    assert (report.frames, report.masks, report.dropped, report.late) == (6, 6, 0, 0)
+    assert all(each.age_ms >= 0 for each in made)
+
+
+def test_what_is_held_is_bounded_and_a_waiting_stream_asks_the_source_for_no_more() -> None:
+    given: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(50):
+            given.append(i)
+            yield i
+
+    with started(lambda frame: frame, source(), in_flight=2) as found:
+        until(lambda: len(given) == 3)  # two done and not taken, one waiting
+        time.sleep(0.05)
+        assert len(given) == 3
+        assert [each.index for each in found] == list(range(50))
+    assert found.report().frames == 50
+
+
+def test_a_dropping_stream_gives_the_newest_frame_and_counts_the_others() -> None:
+    gate, fed = Gate(), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        until(lambda: gate.begun == [0])
+        yield from range(1, 8)
+        fed.set()
+
+    with started(gate, source(), in_flight=1, late="drop") as found:
+        assert fed.wait(PATIENCE)
+        gate.let(*range(8))
+        assert [each.index for each in found] == [0, 7]
+    report = found.report()
+    assert (report.frames, report.masks, report.dropped) == (8, 2, 6)
+
+
+@pytest.mark.parametrize("late", ["drop", "wait"])
+def test_a_frame_that_is_too_old_is_dropped_or_given_and_marked(late: stream.Late) -> None:
+    now = time.monotonic_ns()
+    source = [("old", now - 10_000_000_000), ("new", now + 10_000_000_000)]
+
+    def one_by_one() -> Iterator[Any]:
+        for each in source:
+            yield each
+            until(lambda: began or (streams and streams[0].report().dropped))
+
+    began: list[str] = []
+    streams: list[Stream[str]] = []
+
+    def work(frame: str) -> str:
+        began.append(frame)
+        return frame
+
+    with started(work, one_by_one(), late=late, deadline_ms=1000) as found:
+        streams.append(found)
+        made = [(each.segmentation, each.late) for each in found]
+    assert made == ([("new", False)] if late == "drop" else [("old", True), ("new", False)])
+    report = found.report()
+    assert (report.dropped, report.late) == ((1, 0) if late == "drop" else (0, 1))
+
+
+def test_the_age_is_counted_from_the_capture_that_the_source_names() -> None:
+    with started(lambda frame: frame, [("frame", time.monotonic_ns() - 5_000_000_000)]) as found:
+        assert 5000 <= next(found).age_ms < 5000 + PATIENCE * 1000
+    report = found.report()
+    assert report.age_ms["longest"] is not None
+    assert report.age_ms["longest"] >= 5000
+    assert report.age_ms["p99"] is None  # of one sample
+
+
+def test_a_frame_that_cannot_be_segmented_is_an_error_in_its_place_and_the_next_one_follows() -> None:
+    def work(frame: int) -> int:
+        if frame == 1:
+            raise FrameError("frame", "is 1")
+        return frame
+
+    with started(work, range(3)) as found:
+        assert next(found).index == 0
+        with pytest.raises(FrameError, match="is 1"):
+            next(found)
+        assert next(found).index == 2
+        with pytest.raises(StopIteration):
+            next(found)
+    assert found.report().refused == 1
+
+
+def test_what_the_source_raises_comes_after_the_masks_of_the_frames_before() -> None:
+    def source() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("the camera is gone")
+
+    with started(lambda frame: frame, source()) as found:
+        assert [next(found).index for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(OSError, match="the camera is gone"):
+            next(found)
+        with pytest.raises(StopIteration):
+            next(found)
+
+
+def test_what_is_no_source_is_an_error_of_the_caller() -> None:
+    with started(lambda frame: frame, 5) as found, pytest.raises(TypeError, match="not iterable"):
+        next(found)
+
+
+def test_an_error_of_the_work_that_is_no_fault_ends_the_stream() -> None:
+    latched: list[FaultError] = []
+
+    def work(frame: int) -> int:
+        if frame == 1:
+            raise MemoryError("no room")
+        return frame
+
+    with started(work, itertools.count(), in_flight=1, latch=latched.append) as found:
+        assert next(found).index == 0
+        with pytest.raises(MemoryError, match="no room"):
+            next(found)
+        with pytest.raises(StopIteration):
+            next(found)
+    assert not latched
+
+
+def test_a_fault_holds_back_the_masks_that_are_there_and_is_raised_again_and_again() -> None:
+    latched: list[FaultError] = []
+    gate = Gate()
+
+    def work(frame: int) -> Any:
+        if frame == 1:
+            raise OutputError("logits", "got NaN or infinity", "expected finite values", "Verify the bundle.")
+        return gate(frame)
+
+    with started(work, itertools.count(), latch=latched.append) as found:
+        until(lambda: latched)
+        gate.let(*range(100))
+        for _ in range(3):
+            with pytest.raises(FaultError, match="logits: got NaN or infinity, expected finite values") as caught:
+                next(found)
+    assert isinstance(caught.value.__cause__, OutputError)
+    assert latched == [caught.value]
+    assert found.report().masks == 0
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_frame_over_the_timeout_is_a_fault_whether_it_hangs_or_ends_late(waits: bool) -> None:
+    latched: list[FaultError] = []
+    gate = Gate()
+    with started(gate, itertools.count(), timeout_ms=50, latch=latched.append) as found:
+        if not waits:
+            until(lambda: 0 in gate.begun)
+            time.sleep(0.1)
+            gate.let(0)  # it ends, and nobody has asked in between
+            until(lambda: latched)
+        with pytest.raises(FaultError, match=r"frame \d has taken \d+ ms, expected at most 50 \(timeout_ms\)"):
+            next(found)
+        start = time.monotonic()
+    assert time.monotonic() - start < PATIENCE / 2, "closing waited for a frame that hangs"
+    assert len(latched) == 1
+    gate.let(*range(100))
+
+
+def test_a_golden_frame_runs_after_so_many_frames_and_its_failure_is_a_fault() -> None:
+    sequence: list[str] = []
+    latched: list[FaultError] = []
+
+    def recheck() -> None:
+        sequence.append("golden")
+        if sequence.count("golden") == 3:
+            raise OutputError("golden frame", "is off")
+
+    def work(frame: int) -> int:
+        sequence.append("frame")
+        return frame
+
+    with started(work, itertools.count(), in_flight=1, recheck_every=4, recheck=recheck, latch=latched.append) as found:
+        given = []
+        with pytest.raises(FaultError, match="golden frame: is off"):
+            given.extend(each.index for each in found)
+    assert sequence == (["frame"] * 4 + ["golden"]) * 3
+    assert found.report().rechecks == 2
+    assert given == list(range(len(given)))
+    assert len(given) <= 12
+
+
+def test_closing_from_another_thread_ends_a_caller_who_waits_and_a_source_that_blocks() -> None:
+    blocked, ended = threading.Event(), threading.Event()
+
+    def source() -> Iterator[int]:
+        try:
+            yield 0
+            blocked.wait(PATIENCE)
+            yield 1
+        finally:
+            ended.set()
+
+    found = started(lambda frame: frame, source())
+    assert next(found).index == 0
+    caller = threading.Thread(target=lambda: list(found), daemon=True)
+    caller.start()
+    found.close()
+    caller.join(PATIENCE)
+    assert not caller.is_alive()
+    blocked.set()
+    assert ended.wait(PATIENCE), "the source was not let go"
+    found.close()  # a second time does nothing
+    with pytest.raises(StopIteration):
+        next(found)
+
+
+def test_a_stream_that_is_thrown_away_stops_its_threads() -> None:
+    before = threading.active_count()
+    for each in started(lambda frame: frame, itertools.count()):
+        if each.index == 3:
+            break
+    del each
+    gc.collect()
+    until(lambda: threading.active_count() == before)
+
+
+def test_leaving_the_block_by_an_exception_stops_the_threads() -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), started(lambda frame: frame, itertools.count()) as found:
+        _ = next(found).index / 0
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"in_flight": 0}, "in_flight: got 0, expected a whole number of at least 1. Check it."),
+        ({"in_flight": True}, "in_flight: got True, expected a whole number of at least 1. Check it."),
+        ({"recheck_every": 0}, "recheck_every: got 0, expected a whole number of at least 1. Check it."),
+        ({"deadline_ms": 0}, "deadline_ms: got 0, expected milliseconds above 0. Check it."),
+        ({"deadline_ms": float("nan")}, "deadline_ms: got nan, expected milliseconds above 0. Check it."),
+        ({"timeout_ms": -1}, "timeout_ms: got -1, expected milliseconds above 0. Check it."),
+        ({"timeout_ms": float("inf")}, "timeout_ms: got inf, expected milliseconds above 0. Check it."),
+        ({"late": "never"}, "late: got 'never', expected 'drop' or 'wait'. Check it."),
+    ],
+)
+def test_arguments_are_checked(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        started(lambda frame: frame, [], **options)
+    assert str(caught.value) == text
+
+
+# With a real predictor
+
+
+@pytest.fixture(scope="module")
+def images() -> list[NDArray[np.uint8]]:
+    return frames((120, 160, 3), 6, 77)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "pytorch"])
+def test_a_stream_gives_the_masks_of_predict(
+    predictors: dict[str, Predictor], runtime: str, images: list[NDArray[np.uint8]]
+) -> None:
+    predictor = predictors[runtime]
+    with predictor.stream(images, in_flight=3, late="wait", recheck_every=2) as found:
+        made = list(found)
+    assert [each.index for each in made] == list(range(len(images)))
+    for each, image in zip(made, images, strict=True):
+        assert np.array_equal(each.segmentation.mask, predictor.predict(image).mask)
+    assert found.report().rechecks == 3
+
+
+def test_a_region_is_looked_at_alone(predictors: dict[str, Predictor], images: list[NDArray[np.uint8]]) -> None:
+    predictor, image = predictors["onnxruntime"], images[0]
+    alone = predictor.predict(np.ascontiguousarray(image[10:90, 20:150]))
+    with predictor.stream([image], late="wait", region=(10, 20, 80, 130)) as found:
+        segmentation = next(found).segmentation
+    assert np.array_equal(segmentation.mask, alone.mask)
+    assert segmentation.region == (10, 20, 80, 130)
+    whole = segmentation.on_frame(outside=9)
+    assert whole.shape == image.shape[:2]
+    assert np.array_equal(whole[10:90, 20:150], alone.mask)
+    assert (whole == 9).sum() == whole.size - alone.mask.size
+    assert np.array_equal(alone.on_frame(), alone.mask)
+
+
+@pytest.mark.parametrize(
+    "region", [(0, 0, 121, 10), (-1, 0, 10, 10), (0, 0, 0, 10), (0, 150, 10, 11), (0, 0, 10), (0, 0, 1.0, 10)]
+)
+def test_a_region_beyond_the_frame_is_refused(
+    predictors: dict[str, Predictor], images: list[NDArray[np.uint8]], region: Any
+) -> None:
+    with pytest.raises(FrameError, match=r"region: got .* of a frame \(120, 160, 3\), expected"):
+        predictors["onnxruntime"].predict(images[0], region=region)
+
+
+class Broken:
+    """In the place of a backend: its logits can be spoiled."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.facts = backend, backend.facts
+        self.spoil: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda logits: logits
+
+    def infer(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.spoil(self.backend.infer(x))
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+@pytest.fixture
+def broken(bundle: Any) -> Iterator[tuple[Predictor, Broken]]:
+    with Predictor.load(bundle, runtime="onnxruntime", cache=False) as predictor:
+        network = predictor._network
+        assert network
+        backend = Broken(network.backend)
+        object.__setattr__(network, "backend", backend)
+        yield predictor, backend
+
+
+def latched(predictor: Predictor, image: NDArray[np.uint8], text: str) -> None:
+    """The predictor gives nothing any more, and says why."""
+    assert predictor.fault
+    assert text in str(predictor.fault)
+    tries: list[Callable[[], object]] = [
+        lambda: predictor.predict(image),
+        lambda: predictor.stream([image]),
+        lambda: predictor.logits(np.zeros((1, 3, 224, 224), np.float32)),
+    ]
+    for each in tries:
+        with pytest.raises(FaultError, match=r"predictor: is latched after a fault \(.*\).*Call reset\(\)"):
+            each()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (7.0, "golden frame: FAIL")]
+)
+def test_a_fault_is_latched_until_a_reset_that_passes(
+    broken: tuple[Predictor, Broken], images: list[NDArray[np.uint8]], value: float, text: str
+) -> None:
+    predictor, backend = broken
+    backend.spoil = lambda logits: logits + np.float32(value)  # another constant, but for the golden frame
+    with (
+        predictor.stream(itertools.cycle(images), recheck_every=3) as found,
+        pytest.raises(FaultError, match="NaN or infinity" if not np.isfinite(value) else "golden frame"),
+    ):
+        for _ in found:
+            pass
+    latched(predictor, images[0], text)
+    with pytest.raises(OutputError):  # still spoiled
+        predictor.reset()
+    latched(predictor, images[0], text)
+    backend.spoil = lambda logits: logits
+    predictor.reset()
+    assert predictor.fault is None
+    predictor.predict(images[0])
+
+
+def test_a_reset_while_a_frame_hangs_is_refused_and_so_is_closing(
+    broken: tuple[Predictor, Broken], images: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor, backend = broken
+    monkeypatch.setattr("msa2net.runtimes.predictor._IDLE_SECONDS", 0.05)
+    let_go = threading.Event()
+
+    def hang(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert let_go.wait(PATIENCE)
+        return logits
+
+    backend.spoil = hang
+    with predictor.stream(images, in_flight=1, timeout_ms=100) as found, pytest.raises(FaultError, match="has taken"):
+        next(found)
+    with pytest.raises(RuntimeUnavailableError, match=r"1 frames are still in the runtime after 0\.05 s"):
+        predictor.reset()
+    latched(predictor, images[0], "has taken")
+    let_go.set()
+    until(lambda: predictor._users == 0)
+    predictor.reset()
+    predictor.predict(images[0])
+
+
+def test_closing_the_predictor_ends_its_stream_with_an_error(bundle: Any, images: list[NDArray[np.uint8]]) -> None:
+    predictor = Predictor.load(bundle, runtime="openvino", cache=False)
+    with predictor.stream(itertools.cycle(images)) as found:
+        next(found)
+        predictor.close()
+        with pytest.raises(RuntimeUnavailableError, match="predictor: is closed"):
+            for _ in found:
+                pass
+
+
+def test_bad_frames_do_not_latch(predictors: dict[str, Predictor], images: list[NDArray[np.uint8]]) -> None:
+    predictor = predictors["openvino"]
+    bad = np.full((64, 64), np.nan, np.float32)
+    with predictor.stream([images[0], bad, images[1]], late="wait") as found:
+        assert next(found).index == 0
+        with pytest.raises(Msa2NetError, match="frame"):
+            next(found)
+        assert next(found).index == 2
+    assert predictor.fault is None
