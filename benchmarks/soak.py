@@ -1,0 +1,309 @@
+"""Staying up: `python -m benchmarks.soak --bundle B --hours 0.5 --cpp build/cpp/segment --json FILE`.
+
+Every runtime in a process of its own, all at the same time: masks without end, a minute by `predict`, a minute by a new
+`stream`, and so on; with `--cpp` the example program, too. Beside them memory, file descriptors and threads are read
+from /proc. No mask may ever be another than the first of its frame, memory may not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import cycle
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from msa2net.benchmarks import machine
+from msa2net.core.phantoms import frames
+from msa2net.errors import Msa2NetError
+from msa2net.runtimes import Predictor
+from msa2net.runtimes.backends import RUNTIMES, why_not, why_not_here
+from msa2net.runtimes.bundle import Bundle
+
+SEED = 7_000_000  # apart from all others
+FRAMES, OTHER_SHAPE = 4, (480, 640, 3)
+SAMPLE_SECONDS, BIN_SECONDS, TURN_SECONDS = 5.0, 30.0, 60.0
+WARM_UP = 0.2  # of the time: caches fill, the allocator finds its size
+MOST_MB_PER_HOUR = 1.0
+_T = 2.05  # Student's 97.5 % quantile for 28 degrees of freedom; with more it is smaller
+
+
+def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """Least squares per hour, with its 95 % confidence bounds: (low, slope, high). Infinite bounds below 10 points."""
+    t, y = np.asarray(hours), np.asarray(values)
+    if len(t) < 10:
+        return -math.inf, math.nan, math.inf
+    spread = float(((t - t.mean()) ** 2).sum())
+    rate = float(((t - t.mean()) * (y - y.mean())).sum() / spread)
+    rest = y - y.mean() - rate * (t - t.mean())
+    error = _T * math.sqrt(float((rest**2).sum()) / (len(t) - 2) / spread)
+    return rate - error, rate, rate + error
+
+
+class Watched:
+    """A process that makes masks, what it says, and what /proc says of it."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], said: IO[str]) -> None:
+        self.name, self.process = name, process
+        self.samples: list[dict[str, float]] = []
+        self.windows: list[dict[str, float]] = []
+        self.about: dict[str, Any] = {}
+        self._reader = threading.Thread(target=self._read, args=(said,), daemon=True)
+        self._reader.start()
+
+    def _read(self, said: IO[str]) -> None:
+        for line in said:
+            found = json.loads(line)
+            if "about" in found:
+                self.about = found["about"]
+            else:
+                self.windows.append(found)
+
+    def sample(self, hours: float) -> None:
+        """Raises Msa2NetError if it has ended."""
+        root = Path(f"/proc/{self.process.pid}")
+        if self.process.poll() is not None:
+            raise Msa2NetError(self.name, f"ended with exit code {self.process.returncode}", "expected it to go on")
+        status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+        megabytes = {key: int(status[key].split()[0]) * 1024 / 1e6 for key in ("RssAnon", "VmRSS")}
+        files = len(os.listdir(root / "fd"))
+        self.samples.append({"hours": hours, **megabytes, "files": files, "threads": int(status["Threads"])})
+
+    def end(self) -> int:
+        """Whatever it does; its exit code."""
+        self.process.kill()
+        return self.process.wait()
+
+    def summary(self, hours: float) -> dict[str, Any]:
+        self._reader.join(30)
+        after = [each for each in self.samples if each["hours"] >= WARM_UP * hours]
+        bins: dict[int, list[dict[str, float]]] = {}
+        for each in after:
+            bins.setdefault(int(each["hours"] * 3600 / BIN_SECONDS), []).append(each)
+        means = [
+            (statistics.mean(each["hours"] for each in some), statistics.median(each["RssAnon"] for each in some))
+            for some in bins.values()
+        ]
+        low, rate, high = slope(*zip(*means, strict=True)) if means else (-math.inf, math.nan, math.inf)
+        warm = [each for each in self.windows if each["hours"] >= WARM_UP * hours]
+        third = max(1, len(warm) // 3)
+        first, last = (statistics.median(each["median"] for each in some) for some in (warm[:third], warm[-third:]))
+        changed, masks = (int(sum(each[key] for each in self.windows)) for key in ("changed", "masks"))
+        flat = {key: sorted({int(each[key]) for each in after}) for key in ("files", "threads")}
+        return {
+            "name": self.name,
+            "about": self.about,
+            "masks": masks,
+            "changed": changed,
+            "megabytes_per_hour": [low, rate, high],
+            "resident_megabytes": [self.samples[0]["VmRSS"], self.samples[-1]["VmRSS"]],
+            "anonymous_megabytes": [self.samples[0]["RssAnon"], self.samples[-1]["RssAnon"]],
+            **flat,
+            "median_milliseconds": [first, last],
+            "passed": changed == 0 and high <= MOST_MB_PER_HOUR and flat["files"][0] == flat["files"][-1],
+            "samples": self.samples,
+            "windows": self.windows,
+        }
+
+
+class _Windows:
+    """What a process says of itself every `SAMPLE_SECONDS`."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out, self._start = out, time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._next = time.monotonic() + SAMPLE_SECONDS
+        self._times: list[float] = []
+        self._changed = 0
+
+    def mask(self, milliseconds: float, right: bool) -> None:
+        self._times.append(milliseconds)
+        self._changed += not right
+        if time.monotonic() >= self._next:
+            window = {
+                "hours": (time.monotonic() - self._start) / 3600,
+                "masks": len(self._times),
+                "changed": self._changed,
+                "median": round(statistics.median(self._times), 3),
+            }
+            print(json.dumps(window), file=self._out, flush=True)
+            self._begin()
+
+
+def soak(path: Path, runtime: str, precision: str, threads: int, stop: threading.Event, out: IO[str]) -> None:
+    """In a process of its own: masks until it is stopped, what is said of them to `out`."""
+    bundle = Bundle(path)
+    shapes = [graph.frame for graph in bundle.artifact(runtime, precision).baked] or [(1080, 1920, 3)]
+    images = [image for shape in (*shapes, OTHER_SHAPE) for image in frames(shape, FRAMES, SEED)]
+    with Predictor.load(path, runtime=runtime, precision=precision, threads=threads) as predictor:
+        print(json.dumps({"about": predictor.execution.to_json()}), file=out, flush=True)
+        masks = [predictor.predict(image).mask for image in images]
+        said = _Windows(out)
+        while not stop.is_set():
+            for i, image in enumerate(_turn(images, stop)):
+                found = predictor.predict(image)
+                said.mask(found.timings.total, np.array_equal(found.mask, masks[i % len(masks)]))
+            with predictor.stream(_turn(images, stop), late="wait", recheck_every=100) as stream:
+                for each in stream:
+                    segmentation = each.segmentation
+                    right = np.array_equal(segmentation.mask, masks[each.index % len(masks)])
+                    said.mask(segmentation.timings.total, right)
+
+
+def _turn(images: list[NDArray[np.uint8]], stop: threading.Event) -> Iterator[NDArray[np.uint8]]:
+    end = time.monotonic() + TURN_SECONDS
+    for image in cycle(images):
+        if time.monotonic() > end or stop.is_set():
+            return
+        yield image
+
+
+def soak_cpp(
+    program: Path, path: Path, precision: str, threads: int, stop: threading.Event, stack: ExitStack
+) -> tuple[subprocess.Popen[str], IO[str]]:
+    """The example program: frames go to its standard input and masks come back by a pipe, from a thread of this one."""
+    graph = Bundle(path).artifact("openvino", precision).baked[0]
+    rows, columns, channels = (*graph.frame, 1)[:3]
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    os.mkfifo(folder / "masks")
+    shape = [str(each) for each in (rows, columns, channels)]
+    command = [str(program), str(path), precision, *shape, "/dev/stdin", str(folder / "masks"), str(threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    read, write = os.pipe()
+    images = frames(graph.frame, FRAMES, SEED)
+
+    def feed() -> None:
+        assert process.stdin
+        with (folder / "masks").open("rb") as masks, os.fdopen(write, "w") as out, process.stdin:
+            print(json.dumps({"about": {"runtime": "openvino, C++", "precision": precision}}), file=out, flush=True)
+            first: dict[int, bytes] = {}
+            said = _Windows(out)
+            for i, image in cycle(enumerate(images)):
+                start = time.perf_counter()
+                process.stdin.write(image.tobytes())
+                process.stdin.flush()
+                mask = masks.read(rows * columns)
+                said.mask((time.perf_counter() - start) * 1e3, mask == first.setdefault(i, mask))
+                if stop.is_set():
+                    break
+
+    threading.Thread(target=feed, daemon=True).start()
+    return process, os.fdopen(read)  # type: ignore[return-value]  # its standard input is bytes, its output goes nowhere
+
+
+def measure(
+    path: Path, runtimes: Sequence[str], precision: str, threads: int, hours: float, cpp: Path | None
+) -> dict[str, Any]:
+    stop, watched = threading.Event(), list[Watched]()
+    with ExitStack() as stack:
+        stack.callback(lambda: [each.end() for each in watched])
+        for runtime in runtimes:
+            command = [sys.executable, "-m", "msa2net.benchmarks.soak", "--child", "--bundle", str(path)]
+            command += ["--runtimes", runtime, "--precision", precision, "--threads", str(threads)]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            assert process.stdout
+            watched.append(Watched(f"{runtime} {precision}", process, process.stdout))
+        if cpp:
+            process, said = soak_cpp(cpp, path, precision, threads, stop, stack)
+            watched.append(Watched(f"openvino {precision}, C++", process, said))
+        while not all(each.windows for each in watched):  # they load and make their first masks
+            time.sleep(0.5)
+            for each in watched:
+                if each.process.poll() is not None:
+                    raise Msa2NetError(each.name, "ended before its first masks")
+        start = time.monotonic()
+        for _ in tqdm(range(max(1, int(hours * 3600 / SAMPLE_SECONDS))), "soak", disable=None):
+            time.sleep(SAMPLE_SECONDS)
+            for each in watched:
+                each.sample((time.monotonic() - start) / 3600)
+        stop.set()
+        for each in watched:
+            if "C++" not in each.name:  # it ends when it gets no more frames
+                each.process.terminate()
+            if each.process.wait(60) != 0:
+                raise Msa2NetError(each.name, f"ended with exit code {each.process.returncode}", "expected 0")
+        rows = [each.summary(hours) for each in watched]
+    return {
+        "benchmark": "soak",
+        "machine": machine.describe(threads),
+        "bundle_digest": Bundle(path).digest,
+        "hours": hours,
+        "rows": rows,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        f"{'':<26} {'masks':>8} {'changed':>8} {'MB per hour [95 %]':>26} {'resident MB':>14} {'files':>8} "
+        f"{'threads':>8} {'median ms':>16}",
+    ]
+    for row in rows:
+        low, rate, high = row["megabytes_per_hour"]
+        first, last = row["resident_megabytes"]
+        before, after = row["median_milliseconds"]
+        files, count = ("-".join(map(str, sorted({row[key][0], row[key][-1]}))) for key in ("files", "threads"))
+        grown = f"{rate:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(
+            f"{row['name']:<26} {row['masks']:>8} {row['changed']:>8} {grown:>26} {first:>6.1f} {last:>7.1f} "
+            f"{files:>8} {count:>8} {before:>7.2f} {after:>8.2f} {'pass' if row['passed'] else 'FAIL'}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=0.5)
+    parser.add_argument("--runtimes", help="names, separated by commas; default: all for CPUs that the bundle has")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--cpp", type=Path, metavar="PROGRAM", help="the example of runtimes/cpp; needs a baked graph")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    try:
+        machine.require_folder(arguments.json)
+        there = [
+            each.runtime
+            for each in Bundle(arguments.bundle).manifest.artifacts
+            if each.precision == arguments.precision and RUNTIMES[each.runtime].device == "CPU"
+        ]
+        runtimes = arguments.runtimes.split(",") if arguments.runtimes else there
+        for runtime in runtimes:
+            if error := why_not(runtime) or why_not_here(runtime, arguments.precision):
+                raise error
+        if arguments.child:
+            stop = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: stop.set())
+            soak(arguments.bundle, runtimes[0], arguments.precision, arguments.threads, stop, sys.stdout)
+            return 0
+        result = measure(
+            arguments.bundle, runtimes, arguments.precision, arguments.threads, arguments.hours, arguments.cpp
+        )
+    except Msa2NetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result["rows"]))
+    machine.write_json(arguments.json, result)
+    return 0 if all(row["passed"] for row in result["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
