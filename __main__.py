@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -95,11 +96,13 @@ def _of_input(error: FrameError, number: int, count: int) -> FrameError:
 class _Target:
     """Where pictures go: the named file for a single frame, else a folder with one file a frame."""
 
-    def __init__(self, option: str, path: Path | None, inputs: list[Path]) -> None:
+    def __init__(self, option: str, path: Path | None, inputs: list[Path], ending: str = ".png") -> None:
         self.option, self.path = option, path
         self.single = bool(path and path.suffix and not path.is_dir())
-        if path and self.single and path.suffix.lower() != ".png":
-            raise Msa2NetError(option, f"got the ending {path.suffix!r}", "expected .png or a folder", "Rename it.")
+        if path and self.single and path.suffix.lower() != ending:
+            raise Msa2NetError(
+                option, f"got the ending {path.suffix!r}", f"expected {ending} or a folder", "Rename it."
+            )
         if path and any(path.resolve() == file.resolve() for file in inputs):
             raise Msa2NetError(option, "names an input", "expected another file", "The image would be lost.")
 
@@ -122,6 +125,62 @@ class _Target:
         return iter(first_two)
 
 
+class _Segmentations:
+    """`--segmentation`: a DICOM Segmentation of each input, written when its last frame has been segmented."""
+
+    def __init__(self, arguments: argparse.Namespace, inputs: list[Path]) -> None:
+        self._target = _Target("--segmentation", arguments.segmentation, inputs, ".dcm")
+        self._inputs, self._codes = inputs, _codes(arguments.codes) if arguments.codes else None
+        self._masks: list[NDArray[np.uint8]] = []
+        self._of = 0
+        if self._target.single and len(inputs) > 1:
+            found, expected = f"got {len(inputs)} inputs", "expected a folder for their objects"
+            raise Msa2NetError("--segmentation", found, expected, "Name one without .dcm.")
+
+    def add(self, number: int, seg: Segmentation) -> None:
+        if self._target.path:
+            if number != self._of:
+                self.write()
+            self._of, self._last = number, seg
+            self._masks.append(seg.on_frame())
+
+    def write(self) -> None:
+        if self._masks:
+            from pydicom import dcmread
+            from pydicom.errors import InvalidDicomError
+
+            from msa2net.runtimes import dicom
+
+            try:
+                source = dcmread(self._inputs[self._of - 1], stop_before_pixels=True)
+            except InvalidDicomError as error:
+                found, expected = "is no DICOM file", "expected one that the object can refer to"
+                wrong = FrameError("--segmentation", found, expected, "Use --mask for it.")
+                raise _of_input(wrong, self._of, len(self._inputs)) from error
+            made = dicom.segmentation(source, self._masks, self._last.classes, self._last.execution, codes=self._codes)
+            target = self._target.path
+            assert target is not None
+            if not self._target.single:
+                target.mkdir(parents=True, exist_ok=True)
+                target /= f"{self._of:04d}.dcm"
+            with files.replacing(target) as part:
+                made.save_as(part)
+            self._masks = []
+
+
+def _codes(path: Path) -> dict[str, Any]:
+    """{"class": [[value, scheme, meaning], [value, scheme, meaning]]}: category and type. Raises Msa2NetError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        codes = {name: tuple((str(a), str(b), str(c)) for a, b, c in pair) for name, pair in found.items()}
+        if any(len(pair) != 2 for pair in codes.values()):
+            raise ValueError("not two codes")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        expected = 'expected {"class": [[value, scheme, meaning], [value, scheme, meaning]]}, category and type'
+        raise Msa2NetError("--codes", f"cannot be used ({error})", expected, "See the README.") from error
+    return codes
+
+
 def _report(number: int, index: int, seg: Segmentation) -> dict[str, Any]:
     counts = np.bincount(seg.mask.ravel(), minlength=len(seg.classes))
     return {
@@ -135,6 +194,8 @@ def _report(number: int, index: int, seg: Segmentation) -> dict[str, Any]:
             "inference": round(seg.timings.inference, 3),
             "postprocess": round(seg.timings.postprocess, 3),
         },
+        "quality": {name: round(value, 4) for name, value in asdict(seg.quality).items()},
+        "flags": seg.flags,
         "execution": seg.execution.to_json(),
     }
 
@@ -148,6 +209,7 @@ def predict(arguments: argparse.Namespace) -> int:
     overlays, masks = _Target("--overlay", arguments.overlay, files), _Target("--mask", arguments.mask, files)
     if overlays.path and masks.path and overlays.path.resolve() == masks.path.resolve():
         raise Msa2NetError("--mask", "is --overlay, too", "expected another", "Name two files or folders.")
+    segmentations = _Segmentations(arguments, files)
     with _load(arguments, arguments.bundle) as predictor:
         frames = _frames(files)
         for target in (overlays, masks):
@@ -168,13 +230,16 @@ def predict(arguments: argparse.Namespace) -> int:
                 draw(pixels, seg.mask, seg.classes, bits).save(overlays.file(number, index))
             if masks.path:
                 Image.fromarray(seg.mask).save(masks.file(number, index))
+            segmentations.add(number, seg)
             report = _report(number, index, seg)
             if arguments.json:
                 print(json.dumps(report))
             else:
                 shares = ", ".join(f"{name} {count / seg.mask.size:.2%}" for name, count in report["pixels"].items())
                 size = f"{seg.mask.shape[0]:>6} {seg.mask.shape[1]:>6}"
-                print(f"{number:>5} {index:>5} {size} {seg.timings.total:>8.1f}  {shares}")
+                flags = f"  flags: {', '.join(report['flags'])}" if report["flags"] else ""
+                print(f"{number:>5} {index:>5} {size} {seg.timings.total:>8.1f}  {shares}{flags}")
+        segmentations.write()
     return 0
 
 
@@ -287,6 +352,8 @@ def info(arguments: argparse.Namespace) -> int:
     print(f"digest   {bundle.digest}")
     print(f"classes  {', '.join(c.name for c in manifest.classes)}")
     print(f"input    {contract.channels} x {contract.height} x {contract.width}, {contract.resize}, {contract.fit}")
+    for name, (least, most) in (manifest.quality or {}).items():
+        print(f"flag     {name:<10} below {least:.4f} or above {most:.4f}")
     print(f"{'runtime':<12} {'precision':<13} {'MB':>7}  {'equal pixels':>12}  {'accuracy':<8}  here")
     withheld = {(each.runtime, each.precision) for each in manifest.withheld}
     for entry in Predictor.available(path):
@@ -325,6 +392,10 @@ def _parser() -> argparse.ArgumentParser:
     _runtime_options(command)
     command.add_argument("--overlay", type=Path, help=".png for a single frame, else a folder")
     command.add_argument("--mask", type=Path, help=".png of class indices for a single frame, else a folder")
+    command.add_argument(
+        "--segmentation", type=Path, help=".dcm for a single input, else a folder: DICOM Segmentations of DICOM inputs"
+    )
+    command.add_argument("--codes", type=Path, help="JSON: category and type of each class, for --segmentation")
     command.add_argument("--json", action="store_true", help="one JSON object a frame, one a line")
     command.set_defaults(run=predict)
 

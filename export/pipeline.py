@@ -29,6 +29,7 @@ from msa2net.export import bake as baking
 from msa2net.export import calibration, fp16, onnx_file, openvino_ir, parity, precision, quantize, sbom, tensorrt
 from msa2net.export.calibration import Tensors
 from msa2net.export.writer import check_target, new_bundle
+from msa2net.runtimes import postprocess, quality
 from msa2net.runtimes.backends import (
     BAKED,
     INT8,
@@ -58,6 +59,7 @@ from msa2net.runtimes.bundle import (
 )
 from msa2net.runtimes.cache import processor_name
 from msa2net.runtimes.measure import LEVELS, milliseconds, ratio
+from msa2net.runtimes.preprocess import place
 
 NOTICE = "Not a medical device. Validate before any clinical use."
 # Overlay colours of classes 1, 2, …, repeated if there are more; the background is black.
@@ -287,6 +289,8 @@ def export_bundle(
             bar.update()
         golden_results = [parity.run_case(case, manifest, infer) for case in golden]
         _write_golden(folder, manifest, golden, golden_results)
+        if found := _quality(cases, expected, manifest):
+            document["quality"] = found
         judge = parity.Judge(folder, cases, expected, golden, golden_results, Path(report) if report else None, bar)
         images = calibration.tensors(parity.sample(cases, _SCAN_CASES), manifest.input)
         inputs = calibration.tensors(calibrated_on, manifest.input)
@@ -379,6 +383,27 @@ def _engine(
     about["versions"] = source["versions"] | {"tensorrt_rtx": version}
     about["recipe"] = source["recipe"] | tensorrt.needs(version, targets)
     return source | about | {"built_from": model["sha256"]}
+
+
+def _quality(
+    cases: Sequence[parity.Case], results: Sequence[parity.Result], manifest: Manifest
+) -> dict[str, Any] | None:
+    """The limits that half of the images keep, and how many of the other half do not; None of a single image."""
+    seen = []
+    for case, result in zip(cases, results, strict=True):
+        spot = place(manifest.input, case.frame.shape[0], case.frame.shape[1])
+        inside = postprocess.crop(result.logits, spot)
+        seen.append(quality.assess(quality.sample(case.frame), case.bits, inside, result.mask))
+    if len(seen) < 2:
+        return None
+    first = parity.sample(range(len(seen)), len(seen) // 2)
+    limits = quality.limits_of([seen[i] for i in first])
+    flags = [seen[i].flags(limits) for i in range(len(seen)) if i not in first]
+    return {
+        "limits": {name: list(pair) for name, pair in limits.items()},
+        "images": [len(first), len(flags)],
+        "false_alarms": {name: sum(name in each for each in flags) for name in limits},
+    }
 
 
 def _frame_sizes(

@@ -25,7 +25,7 @@ from typing import Any
 from msa2net.errors import BundleError, RuntimeUnavailableError
 from msa2net.runtimes import graphs
 
-SCHEMA_VERSION = (3, 2)
+SCHEMA_VERSION = (3, 3)
 READS = (2, 3)  # major versions
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
@@ -43,6 +43,7 @@ ENDINGS = {
     "tensorrt-rtx": (".engine",),
     "torch-tensorrt": (".safetensors",),
 }
+QUALITY = ("contrast", "saturation", "margin", "border", "area")  # the figures of `quality.Quality`
 HARDWARE_COMPATIBILITY = ("none", "ampere+", "same-capability")
 MOST_IMAGES = 1024  # of a batch
 MOST_BAKED, MOST_SIDE = 64, 2**15  # graphs of an artifact; rows or columns of their frames
@@ -208,7 +209,10 @@ class GoldenEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`manifest.json`, checked."""
+    """`manifest.json`, checked.
+
+    quality   least and most of each figure of `quality.MEASURES`; None if it has no limits
+    """
 
     schema_version: tuple[int, int]
     model_name: str
@@ -222,6 +226,7 @@ class Manifest:
     artifacts: tuple[Artifact, ...]
     withheld: tuple[Withheld, ...]
     golden: tuple[GoldenEntry, ...]
+    quality: dict[str, tuple[float, float]] | None
 
 
 def has_passed(verdict: str, precision: str) -> bool:
@@ -347,6 +352,7 @@ def parse_manifest(content: bytes) -> Manifest:
             GoldenEntry(**{key: node.get(key).text() for key in ("frame", "logits", "mask")})
             for node in root.get("golden").items(1)
         ),
+        quality=_limits(limits) if (limits := root.optional("quality")) else None,
     )
     if len({info.name for info in manifest.classes}) != len(manifest.classes):
         raise BundleError(
@@ -425,6 +431,15 @@ def _speed(node: _Node) -> Speed:
         machine=node.get("machine").text(),
         threads=node.get("threads").integer(1, 4096),
     )
+
+
+def _limits(node: _Node) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name in QUALITY:
+        limits = node.get("limits").get(name)
+        least, most = (each.number(0, 1) for each in limits.items(2, 2))
+        found[name] = (least, most)
+    return found
 
 
 def version_numbers(version: str) -> list[int]:
@@ -712,7 +727,11 @@ class Bundle:
                     self._check(relative, file)
                 for relative, file in files.items():
                     if relative.endswith((".onnx", ".xml")):
-                        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                        try:
+                            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                        except OSError as error:
+                            raise _unreadable(relative, error) from error
+                        with content:
                             graphs.check(relative, content)
 
             paths = {relative: f"/proc/self/fd/{file.fileno()}" for relative, file in files.items()}

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from msa2net.errors import Msa2NetError
 
 
-def write_json(file: Path, document: Any, indent: int | None = 1) -> None:
-    """Writes a JSON document; what the file held before stays whole until it is there, and is lost in no power cut.
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """An open file that takes the name at the end of the block, if it was left without an error.
 
-    Raises Msa2NetError if it cannot be written.
+    What the name held before stays whole until then, and is lost in no power cut. Raises Msa2NetError if it cannot be
+    written.
     """
     beside = file.with_name(f".{file.name}.partial")
     try:
-        with beside.open("w", encoding="utf-8") as out:
-            json.dump(document, out, indent=indent)
-            out.write("\n")
+        with beside.open("wb") as out:
+            yield out
             out.flush()
             os.fsync(out.fileno())
         beside.replace(file)
-    except OSError as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        raise Msa2NetError(file, f"cannot be written ({error.strerror})", "", "Name another file.") from error
+        if isinstance(error, OSError):
+            raise Msa2NetError(file, f"cannot be written ({error.strerror})", "", "Name another file.") from error
+        raise
+
+
+def write_json(file: Path, document: Any, indent: int | None = 1) -> None:
+    """Writes a JSON document, see `replacing`."""
+    with replacing(file) as out:
+        out.write(f"{json.dumps(document, indent=indent)}\n".encode())

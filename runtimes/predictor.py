@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import BundleError, FaultError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
-from msa2net.runtimes import images, measure, postprocess, preprocess, signature, stream
+from msa2net.runtimes import images, measure, postprocess, preprocess, quality, signature, stream
 from msa2net.runtimes.backends import (
     BAKED,
     INT8,
@@ -119,9 +119,11 @@ class Segmentation:
         classes: tuple[ClassInfo, ...],
         timings: Timings,
         execution: Execution,
-        made: Mapping[str, NDArray[np.uint8]] | None = None,
+        made: Mapping[str, NDArray[np.uint8]],
+        seen: tuple[NDArray[Any], int | None],
+        limits: quality.Limits | None,
     ) -> None:
-        self._made = dict(made or {})
+        self._made, self._seen, self._limits = dict(made), seen, limits
         self.mask, self.logits, self.classes = mask, logits, classes
         self.timings, self.execution = timings, execution
         self._placement, self._enlarge = placement, enlarge
@@ -140,6 +142,18 @@ class Segmentation:
         """(K, H, W) float32, computed at each access; their argmax over K is the mask."""
         size = (self.mask.shape[0], self.mask.shape[1])
         return postprocess.to_probabilities(self.logits, self._placement, size, self._enlarge)
+
+    @property
+    def quality(self) -> quality.Quality:
+        """Figures of the frame and the mask, computed at each access."""
+        return quality.assess(*self._seen, postprocess.crop(self.logits, self._placement), self.mask)
+
+    @property
+    def flags(self) -> tuple[str, ...] | None:
+        """The names of those figures of `quality` that are beyond what training-like images keep, by the limits in the
+        manifest; None if it has none, as before format 3.3. A flag informs: the mask is the same with and without.
+        """
+        return None if self._limits is None else self.quality.flags(self._limits)
 
     @property
     def confidence(self) -> NDArray[np.uint8]:
@@ -377,7 +391,7 @@ class Predictor:
         region  (top, left, rows, columns) of the frame: the rest is not looked at, and the mask is the region's
 
         Raises FrameError for anything else (dtype, shape, NaN, out of range, no pixels, unreadable), and OutputError
-        if the runtime returns values that are not finite. The same frame gives the same bits at every call.
+        if the runtime fails or returns values that are not finite, or memory is short. The same frame gives the same bits at every call.
         """
         return self._predict(frame, bits, region, nullcontext())
 
@@ -391,13 +405,18 @@ class Predictor:
         """As `predict`; the runtime is used with `turn` held."""
         with self._in_use():
             start = perf_counter_ns()
-            if not isinstance(frame, np.ndarray):
-                frame, bits = images.single(frame, bits)
-            pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
-            segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
-            if region is not None:
-                segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
-            return segmentation
+            try:
+                if not isinstance(frame, np.ndarray):
+                    frame, bits = images.single(frame, bits)
+                pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
+                segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
+                if region is not None:
+                    segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
+                return segmentation
+            except MemoryError as error:
+                raise OutputError(
+                    "memory", f"is not enough ({error})", "", "Free some, or give smaller frames."
+                ) from error
 
     def stream(
         self,
@@ -472,6 +491,7 @@ class Predictor:
         """A checked frame through a graph; `start` is when it came, in nanoseconds."""
         manifest, (rows, columns) = self.bundle.manifest, pixels.shape[:2]
         outputs: dict[str, NDArray[Any]] = {}
+        seen = quality.sample(pixels), bits
         if graph.outputs:
             whole = np.ascontiguousarray(pixels)
             prepared = perf_counter_ns()
@@ -489,7 +509,16 @@ class Predictor:
         done = perf_counter_ns()
         timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
         return Segmentation(
-            mask, logits, placement, manifest.enlarge, manifest.classes, timings, graph.execution, outputs
+            mask,
+            logits,
+            placement,
+            manifest.enlarge,
+            manifest.classes,
+            timings,
+            graph.execution,
+            outputs,
+            seen,
+            manifest.quality,
         )
 
     def _graph_for(self, pixels: NDArray[Any]) -> _Graph:

@@ -205,6 +205,11 @@ def _apply(rule: str, target: int, pixels: NDArray[Any]) -> NDArray[np.float32]:
     return out
 
 
+def largest_value(dtype: np.dtype[Any], bits: int | None) -> int:
+    """That a checked frame can hold; `bits` as in `check_frame`."""
+    return 1 if dtype == np.float32 else (1 << int(bits or 8 * dtype.itemsize)) - 1
+
+
 def to_tensor(frame: NDArray[Any], contract: InputContract, bits: int | None = None) -> NDArray[np.float32]:
     """A checked frame (see `check_frame`) -> the network's input, (1, C, h, w) float32, contiguous.
 
@@ -219,7 +224,7 @@ def to_tensor(frame: NDArray[Any], contract: InputContract, bits: int | None = N
     image = frame if colour else frame[:, :, None]
     planes = resize(image, contract.resize, placement.height, placement.width)
     if frame.dtype != np.float32:
-        planes /= (1 << int(bits or 8 * frame.dtype.itemsize)) - 1
+        planes /= largest_value(frame.dtype, bits)
     tensor = np.zeros((1, contract.channels, contract.height, contract.width), np.float32)
     rows = slice(placement.top, placement.top + placement.height)
     columns = slice(placement.left, placement.left + placement.width)

@@ -124,7 +124,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     manifest = parse_manifest(SAMPLE.encode())
-    assert manifest.schema_version == SCHEMA_VERSION == (3, 2)
+    assert manifest.schema_version == SCHEMA_VERSION == (3, 3)
     assert (manifest.model_name, manifest.model_version, manifest.model_variant) == ("lesion", "2.1", "tiny")
     assert manifest.notice == "Not a medical device. Validate before any clinical use."
     assert manifest.model_config["depths"] == [1, 1, 1, 1]

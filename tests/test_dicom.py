@@ -1,0 +1,170 @@
+"""Masks out as DICOM Segmentations of real ultrasound files: read back, referred to their source, refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+
+from msa2net.__main__ import main
+from msa2net.errors import FrameError, Msa2NetError
+from msa2net.runtimes import Predictor, dicom
+from msa2net.runtimes.bundle import ClassInfo
+from msa2net.runtimes.images import read_frames
+
+LESION = (ClassInfo(name="background", color=(0, 0, 0)), ClassInfo(name="lesion", color=(230, 60, 60)))
+
+
+def stored(masks: list[NDArray[np.uint8]], file: Path, **options: Any) -> Callable[[Dataset], Any]:
+    """Writes the Segmentation of a source and opens it again."""
+
+    def write(source: Dataset) -> Any:
+        made = dicom.segmentation(source, masks, **options)
+        made.save_as(file)
+        return highdicom.seg.segread(file)
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["rgb_color", "palette_color"])
+def test_an_image_and_its_segmentation(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path, name: str
+) -> None:
+    source = dcmread(examples(name))
+    found = predictors["onnxruntime"].predict(examples(name))
+    read = stored([found.mask], tmp_path / "out.dcm", classes=found.classes, execution=found.execution)(source)
+    assert read.SOPClassUID.name == "Segmentation Storage"
+    assert np.array_equal(read.pixel_array.reshape(found.mask.shape), found.mask)
+    assert (read.PatientID, read.StudyInstanceUID) == (source.get("PatientID", ""), source.StudyInstanceUID)
+    assert read.SeriesInstanceUID != source.SeriesInstanceUID
+    reference = read.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0]
+    assert reference.ReferencedSOPInstanceUID == source.SOPInstanceUID
+    (segment,) = read.SegmentSequence
+    assert (segment.SegmentLabel, segment.SegmentAlgorithmType) == ("lesion", "AUTOMATIC")
+    assert segment.SegmentedPropertyTypeCodeSequence[0].CodeValue == "52988006"
+    digest = predictors["onnxruntime"].bundle.digest
+    assert segment.SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters == f"bundle={digest}"
+    ours = [item for item in read.ContributingEquipmentSequence if item.Manufacturer == "MSA2Net Edge"]
+    (equipment,) = ours
+    assert equipment.ManufacturerModelName == found.execution.model
+    assert f"{found.execution.model} {found.execution.model_version}" in equipment.SoftwareVersions
+    assert digest in equipment.ContributionDescription
+
+
+def test_a_clip_frame_by_frame(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    source = dcmread(examples("ybr_color"), stop_before_pixels=True)
+    predictor = predictors["onnxruntime"]
+    masks = [predictor.predict(pixels, bits=bits).mask for pixels, bits in read_frames(examples("ybr_color"))]
+    masks[3][:] = 0  # a frame without a lesion is in it, too
+    options = {"classes": LESION, "execution": predictor.execution}
+    read = stored(masks, tmp_path / "out.dcm", **options)(source)
+    assert np.array_equal(read.pixel_array, np.stack(masks))
+    for number, group in enumerate(read.PerFrameFunctionalGroupsSequence, 1):
+        of = group.DerivationImageSequence[0].SourceImageSequence[0]
+        assert (of.ReferencedSOPInstanceUID, of.ReferencedFrameNumber) == (source.SOPInstanceUID, number)
+        assert of.ReferencedSOPClassUID == source.SOPClassUID
+    by_source = read.get_pixels_by_source_frame(source.SOPInstanceUID, range(1, 31))
+    assert np.array_equal(by_source[..., 0], np.stack(masks))
+
+
+def test_several_classes_and_codes_of_the_users_own(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    classes = (*LESION, ClassInfo(name="liver", color=(1, 2, 3)), ClassInfo(name="hair", color=(4, 5, 6)))
+    mask = np.random.default_rng(0).integers(0, 4, (source.Rows, source.Columns), np.uint8)
+    options: dict[str, Any] = {"classes": classes, "execution": predictors["onnxruntime"].execution}
+    with pytest.raises(Msa2NetError, match="codes: none for 'hair', expected a category and a type"):
+        dicom.segmentation(source, [mask], **options)
+    codes = {"hair": (("91723000", "SCT", "Anatomical Structure"), ("386045008", "SCT", "Hair"))}
+    read = stored([mask], tmp_path / "out.dcm", codes=codes, **options)(source)
+    for frame, number in zip(read.pixel_array, range(1, 4), strict=True):
+        assert np.array_equal(frame, mask == number)
+    assert read.SegmentSequence[2].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Hair"
+
+
+def test_every_known_code_is_one_of_the_standard_tables() -> None:
+    from pydicom.sr.codedict import codes
+
+    kidneys = {"18639004", "9846003"}  # the tables have them by laterality only
+    for category, kind in dicom.CODES.values():
+        assert category[0] in {codes.SCT.AnatomicalStructure.value, codes.SCT.MorphologicallyAbnormalStructure.value}
+        assert kind[0] in kidneys or getattr(codes.SCT, kind[2].title().replace(" ", "")).value == kind[0]
+
+
+@pytest.mark.parametrize("name", ["SOPInstanceUID", "StudyInstanceUID", "Rows"])
+def test_a_source_that_cannot_be_referred_to_is_refused(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], name: str
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    mask = np.zeros((source.Rows, source.Columns), np.uint8)
+    delattr(source, name)
+    with pytest.raises(FrameError, match=f"source: has no {name}, expected a DICOM image"):
+        dicom.segmentation(source, [mask], LESION, predictors["onnxruntime"].execution)
+
+
+def test_masks_of_other_frames_are_refused(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    for masks in (np.zeros((1, 9, 9), np.uint8), np.zeros((2, source.Rows, source.Columns), np.uint8)):
+        with pytest.raises(FrameError, match=r"masks: got uint8 \(.*\), expected uint8 \(1, "):
+            dicom.segmentation(source, masks, LESION, predictors["onnxruntime"].execution)
+
+
+def test_attributes_that_are_missing_become_empty_and_the_source_is_left_alone(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor]
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    for name in ("PatientBirthDate", "AccessionNumber"):
+        if name in source:
+            delattr(source, name)
+    mask = np.zeros((source.Rows, source.Columns), np.uint8)
+    made = dicom.segmentation(source, [mask], LESION, predictors["onnxruntime"].execution)
+    assert made.AccessionNumber == ""
+    assert "AccessionNumber" not in source
+
+
+def test_the_command_writes_one_object_for_each_input(
+    examples: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [str(examples("rgb_color")), str(examples("ybr_color"))]
+    options = ["--runtime", "onnxruntime", "--segmentation"]
+    assert main(["predict", *inputs, *options, str(tmp_path / "out")]) == 0
+    sizes = [highdicom.seg.segread(tmp_path / "out" / f"000{i}.dcm").number_of_frames for i in (1, 2)]
+    assert sizes == [1, 30]
+    assert main(["predict", inputs[0], *options, str(tmp_path / "one.dcm")]) == 0
+    assert highdicom.seg.segread(tmp_path / "one.dcm").number_of_frames == 1
+    capsys.readouterr()
+    assert main(["predict", *inputs, *options, str(tmp_path / "two.dcm")]) == 2
+    assert "--segmentation: got 2 inputs, expected a folder for their objects" in capsys.readouterr().err
+    assert main(["predict", *inputs, *options, str(tmp_path / "two.png")]) == 2
+    assert "--segmentation: got the ending '.png', expected .dcm or a folder" in capsys.readouterr().err
+    np.save(tmp_path / "frame.npy", np.zeros((64, 64), np.uint8))
+    assert main(["predict", str(tmp_path / "frame.npy"), *options, str(tmp_path / "no.dcm")]) == 2
+    assert "input 1 of 1, --segmentation: is no DICOM file" in capsys.readouterr().err
+    assert not (tmp_path / "no.dcm").exists()
+
+
+def test_the_command_takes_codes_from_a_file(
+    examples: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, codes = str(examples("rgb_color")), tmp_path / "codes.json"
+    options = ["--runtime", "onnxruntime", "--segmentation", str(tmp_path / "out.dcm"), "--codes", str(codes)]
+    pair = [["49755003", "SCT", "Morphologically Abnormal Structure"], ["4147007", "SCT", "Mass"]]
+    codes.write_text(json.dumps({"lesion": pair}))
+    assert main(["predict", source, *options]) == 0
+    read = highdicom.seg.segread(tmp_path / "out.dcm")
+    assert read.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Mass"
+    for text in ("[", "[1]", '{"lesion": [["1", "2"]]}', '{"lesion": [["1", "2", "3"]]}'):
+        codes.write_text(text)
+        assert main(["predict", source, *options]) == 2
+        assert "--codes: cannot be used" in capsys.readouterr().err
