@@ -391,7 +391,8 @@ class Predictor:
         region  (top, left, rows, columns) of the frame: the rest is not looked at, and the mask is the region's
 
         Raises FrameError for anything else (dtype, shape, NaN, out of range, no pixels, unreadable), and OutputError
-        if the runtime fails or returns values that are not finite, or memory is short. The same frame gives the same bits at every call.
+        if the runtime fails or returns values that are not finite, or if memory is short. The same frame gives the same
+        bits at every call.
         """
         return self._predict(frame, bits, region, nullcontext())
 
