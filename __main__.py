@@ -8,7 +8,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,15 @@ from msa2net.runtimes import (
     signature,
 )
 from msa2net.runtimes.backends import RUNTIMES, candidates
-from msa2net.runtimes.bundle import ENLARGE_RULES, HARDWARE_COMPATIBILITY, PRECISIONS, RESIZE_RULES, TARGETS, Bundle
+from msa2net.runtimes.bundle import (
+    ENLARGE_RULES,
+    HARDWARE_COMPATIBILITY,
+    PRECISIONS,
+    RESIZE_RULES,
+    TARGETS,
+    Bundle,
+    ClassInfo,
+)
 from msa2net.runtimes.cache import VARIABLE, default_folder
 from msa2net.runtimes.images import read_frames
 from msa2net.runtimes.predictor import DEMO_BUNDLE
@@ -97,7 +106,7 @@ class _Target:
     """Where pictures go: the named file for a single frame, else a folder with one file a frame."""
 
     def __init__(self, option: str, path: Path | None, inputs: list[Path], ending: str = ".png") -> None:
-        self.option, self.path = option, path
+        self.option, self.path, self._ending = option, path, ending
         self.single = bool(path and path.suffix and not path.is_dir())
         if path and self.single and path.suffix.lower() != ending:
             raise Msa2NetError(
@@ -105,13 +114,15 @@ class _Target:
             )
         if path and any(path.resolve() == file.resolve() for file in inputs):
             raise Msa2NetError(option, "names an input", "expected another file", "The image would be lost.")
+        if path and not self.single and any(path.resolve() == file.resolve().parent for file in inputs):
+            raise Msa2NetError(option, "is the folder of an input", "expected another", "An image could be lost.")
 
-    def file(self, number: int, index: int) -> Path:
+    def file(self, *numbers: int) -> Path:
         assert self.path is not None
         if self.single:
             return self.path
         self.path.mkdir(parents=True, exist_ok=True)
-        return self.path / f"{number:04d}_{index:04d}.png"
+        return self.path / f"{'_'.join(f'{number:04d}' for number in numbers)}{self._ending}"
 
     def check(self, frames: Iterator[_Frame]) -> Iterator[_Frame]:
         """The same frames. Raises Msa2NetError if there are several for one picture, before any is segmented."""
@@ -128,57 +139,76 @@ class _Target:
 class _Segmentations:
     """`--segmentation`: a DICOM Segmentation of each input, written when its last frame has been segmented."""
 
-    def __init__(self, arguments: argparse.Namespace, inputs: list[Path]) -> None:
+    def __init__(self, arguments: argparse.Namespace, inputs: list[Path], classes: Sequence[ClassInfo]) -> None:
+        """Before anything is segmented: every input can be referred to, and every class has its codes."""
         self._target = _Target("--segmentation", arguments.segmentation, inputs, ".dcm")
-        self._inputs, self._codes = inputs, _codes(arguments.codes) if arguments.codes else None
-        self._masks: list[NDArray[np.uint8]] = []
-        self._of = 0
+        self._count, self._of, self._masks = len(inputs), 0, list[bytes]()
+        self._sources: list[Any] = []
+        self._codes = _codes(arguments.codes) if arguments.codes else None
+        if not self._target.path:
+            return
         if self._target.single and len(inputs) > 1:
             found, expected = f"got {len(inputs)} inputs", "expected a folder for their objects"
             raise Msa2NetError("--segmentation", found, expected, "Name one without .dcm.")
+        try:
+            from pydicom import dcmread
+
+            from msa2net.runtimes import dicom
+        except ImportError as error:
+            advice = "pip install 'msa2net-edge[dicom-seg]'"
+            raise Msa2NetError("--segmentation", f"needs the package {error.name}", "", advice) from error
+        dicom.require_codes(classes, self._codes)
+        for number, file in enumerate(inputs, 1):
+            try:
+                self._sources.append(dcmread(file, stop_before_pixels=True))
+            except Exception:  # a damaged file raises nearly anything
+                wrong = FrameError(
+                    "--segmentation", "is no DICOM file", "expected one that the object can refer to", "Use --mask."
+                )
+                raise _of_input(wrong, number, self._count) from None
 
     def add(self, number: int, seg: Segmentation) -> None:
         if self._target.path:
-            if number != self._of:
+            if self._masks and number != self._of:
                 self.write()
-            self._of, self._last = number, seg
-            self._masks.append(seg.on_frame())
+            self._of, self._last, self._shape = number, seg, seg.mask.shape
+            self._masks.append(zlib.compress(seg.on_frame().tobytes(), 1))  # a clip may have thousands
 
     def write(self) -> None:
-        if self._masks:
-            from pydicom import dcmread
-            from pydicom.errors import InvalidDicomError
+        if not self._masks:
+            return
+        from msa2net.runtimes import dicom
 
-            from msa2net.runtimes import dicom
-
-            try:
-                source = dcmread(self._inputs[self._of - 1], stop_before_pixels=True)
-            except InvalidDicomError as error:
-                found, expected = "is no DICOM file", "expected one that the object can refer to"
-                wrong = FrameError("--segmentation", found, expected, "Use --mask for it.")
-                raise _of_input(wrong, self._of, len(self._inputs)) from error
-            made = dicom.segmentation(source, self._masks, self._last.classes, self._last.execution, codes=self._codes)
-            target = self._target.path
-            assert target is not None
-            if not self._target.single:
-                target.mkdir(parents=True, exist_ok=True)
-                target /= f"{self._of:04d}.dcm"
-            with files.replacing(target) as part:
-                made.save_as(part)
-            self._masks = []
+        masks = (np.frombuffer(zlib.decompress(each), np.uint8).reshape(self._shape) for each in self._masks)
+        try:
+            made = dicom.segmentation(
+                self._sources[self._of - 1], masks, self._last.classes, self._last.execution, codes=self._codes
+            )
+        except FrameError as error:
+            raise _of_input(error, self._of, self._count) from error
+        with (
+            warnings.catch_warnings(),
+            files.replacing(self._target.file(self._of), f"--segmentation, input {self._of}") as out,
+        ):
+            warnings.simplefilter("ignore")  # they quote attributes
+            made.save_as(out)
+        self._masks = []
 
 
 def _codes(path: Path) -> dict[str, Any]:
     """{"class": [[value, scheme, meaning], [value, scheme, meaning]]}: category and type. Raises Msa2NetError."""
+    expected = 'expected {"class": [[value, scheme, meaning], [value, scheme, meaning]]}, category and type'
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        codes = {name: tuple((str(a), str(b), str(c)) for a, b, c in pair) for name, pair in found.items()}
-        if any(len(pair) != 2 for pair in codes.values()):
-            raise ValueError("not two codes")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        expected = 'expected {"class": [[value, scheme, meaning], [value, scheme, meaning]]}, category and type'
-        raise Msa2NetError("--codes", f"cannot be used ({error})", expected, "See the README.") from error
-    return codes
+    except (OSError, ValueError) as error:
+        raise Msa2NetError("--codes", f"cannot be read ({type(error).__name__})", expected, "See the README.") from None
+    if not isinstance(found, dict):
+        raise Msa2NetError("--codes", "is no object", expected, "See the README.")
+    for pair in found.values():
+        two = isinstance(pair, list) and len(pair) == 2 and all(isinstance(code, list) for code in pair)
+        if not two or any(len(code) != 3 or not all(isinstance(text, str) for text in code) for code in pair):
+            raise Msa2NetError("--codes", f"got {json.dumps(pair)[:60]}", expected, "See the README.")
+    return {name: tuple(map(tuple, pair)) for name, pair in found.items()}
 
 
 def _report(number: int, index: int, seg: Segmentation) -> dict[str, Any]:
@@ -209,8 +239,8 @@ def predict(arguments: argparse.Namespace) -> int:
     overlays, masks = _Target("--overlay", arguments.overlay, files), _Target("--mask", arguments.mask, files)
     if overlays.path and masks.path and overlays.path.resolve() == masks.path.resolve():
         raise Msa2NetError("--mask", "is --overlay, too", "expected another", "Name two files or folders.")
-    segmentations = _Segmentations(arguments, files)
     with _load(arguments, arguments.bundle) as predictor:
+        segmentations = _Segmentations(arguments, files, predictor.bundle.manifest.classes)
         frames = _frames(files)
         for target in (overlays, masks):
             frames = target.check(frames)

@@ -1,10 +1,12 @@
 """What baking gains: `python -m benchmarks.baked --bundle B`. Each graph from a camera's frame to its mask against
 preprocessing, network and postprocessing of the same frame, in interleaved rounds, and the share of equal pixels.
+With `--cpp build/cpp/libmsa2net.so` the C library's, too, in the same rounds and the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -35,7 +37,28 @@ def in_parts(predictor: Predictor, frame: NDArray[np.uint8]) -> NDArray[np.uint8
     return postprocess.to_mask(logits, preprocess.place(manifest.input, *size), size, manifest.enlarge)
 
 
-def measure(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
+def in_cpp(library: Path, bundle: Path, precision: str, threads: int, frame: NDArray[np.uint8]) -> Callable[[], object]:
+    """A call of the C library's `msa2net_predict` on the frame, which returns the mask. Raises Msa2NetError."""
+    c = ctypes.CDLL(str(library))
+    c.msa2net_last_error.restype = ctypes.c_char_p
+    pointer, mask = ctypes.c_void_p(), np.empty(frame.shape[:2], np.uint8)
+    shape = (frame.shape[0], frame.shape[1], 3 if frame.ndim == 3 else 1)
+
+    def checked(code: int) -> None:
+        if code:
+            raise Msa2NetError("C library", c.msa2net_last_error().decode())
+
+    checked(c.msa2net_open(str(bundle).encode(), precision.encode(), *shape, threads, ctypes.byref(pointer)))
+    places = [ctypes.c_void_p(array.ctypes.data) for array in (frame, mask)]
+
+    def call() -> NDArray[np.uint8]:
+        checked(c.msa2net_predict(pointer, *places, None))
+        return mask
+
+    return call
+
+
+def measure(bundle: Bundle, threads: int, rounds: int, cpp: Path | None = None) -> list[dict[str, Any]]:
     rows = []
     for artifact in bundle.manifest.artifacts:
         runtime, precision = artifact.runtime, artifact.precision
@@ -49,6 +72,10 @@ def measure(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
                     "baked": partial(predictor.predict, images[0]),
                     "parts": partial(in_parts, predictor, images[0]),
                 }
+                equal_in_cpp = None
+                if cpp and runtime == "openvino":
+                    calls["cpp"] = in_cpp(cpp, bundle.path, precision, threads, images[0])
+                    equal_in_cpp = pixel_agreement(calls["cpp"](), predictor.predict(images[0]).mask)  # type: ignore[arg-type]
                 samples = milliseconds(calls, rounds, PAUSE)
                 rows.append(
                     {
@@ -58,6 +85,8 @@ def measure(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
                         "fewest_equal": min(equal),
                         "milliseconds": samples,
                         "ratio": ratio(samples["baked"], samples["parts"]),
+                        "cpp_over_python": ratio(samples["cpp"], samples["baked"]) if "cpp" in samples else None,
+                        "cpp_equal_pixels": equal_in_cpp,
                     }
                 )
     return rows
@@ -75,6 +104,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['artifact']:<26} {shape:<14} {baked:>9.2f} {parts:>9.2f} {median:>7.3f} [{low:.3f}, {high:.3f}]"
             f" {row['equal_pixels']:>9.4%} {row['fewest_equal']:>9.4%}"
         )
+        if row["cpp_over_python"]:
+            low, median, high = row["cpp_over_python"]
+            lines[-1] += f"   C++ over Python {median:.3f} [{low:.3f}, {high:.3f}], equal {row['cpp_equal_pixels']:.4%}"
     return "\n".join(lines)
 
 
@@ -83,12 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", type=Path, required=True, help="from 'msa2net export --bake'")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--cpp", type=Path, metavar="LIBRARY", help="libmsa2net.so of runtimes/cpp")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     try:
         machine.require_folder(arguments.json)
         bundle = Bundle(arguments.bundle)
-        rows = measure(bundle, arguments.threads, arguments.rounds)
+        rows = measure(bundle, arguments.threads, arguments.rounds, arguments.cpp)
         if not rows:
             raise Msa2NetError(arguments.bundle, "has no baked graph that runs here", "", "Export with --bake.")
     except Msa2NetError as error:

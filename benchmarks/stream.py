@@ -76,9 +76,19 @@ def play(running: stream.Stream[Any], camera: Camera, seen: Callable[[stream.Str
 
 def control(fps: float, seconds: float) -> dict[str, Any]:
     """What the machine does to a stream without any work."""
-    options: dict[str, Any] = {"in_flight": IN_FLIGHT, "late": "drop", "timeout_ms": 60_000, "recheck_every": None}
     camera = Camera([np.zeros((1, 1), np.uint8)], fps, seconds)
-    running = stream.start(lambda frame: frame, lambda: None, lambda _: None, camera, deadline_ms=None, **options)
+    running = stream.start(
+        lambda frame, _: frame,
+        lambda _: None,
+        camera,
+        latch=lambda _: None,
+        fault_elsewhere=lambda: None,
+        in_flight=IN_FLIGHT,
+        late="drop",
+        deadline_ms=1000 / fps,
+        timeout_ms=60_000,
+        recheck_every=None,
+    )
     return play(running, camera, lambda _: None)
 
 

@@ -211,7 +211,7 @@ class GoldenEntry:
 class Manifest:
     """`manifest.json`, checked.
 
-    quality   least and most of each figure of `quality.MEASURES`; None if it has no limits
+    quality   least and most of each of `QUALITY`; None if it has no limits
     """
 
     schema_version: tuple[int, int]

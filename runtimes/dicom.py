@@ -7,7 +7,7 @@ and the bundle's digest, once for each segment and once as contributing equipmen
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -50,12 +50,13 @@ _MAY_BE_EMPTY = (
     "StudyDate",
     "StudyTime",
 )
+_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _LONGEST = 64  # characters of a DICOM string of type LO
 
 
 def segmentation(
     source: Dataset,
-    masks: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    masks: Iterable[NDArray[np.uint8]],
     classes: Sequence[ClassInfo],
     execution: Execution,
     *,
@@ -73,7 +74,7 @@ def segmentation(
     manufacturer, serial_number   of the device that makes the object
 
     Raises FrameError if the source lacks what is referred to, or the masks are not of its frames; Msa2NetError for a
-    class without codes, and if highdicom is not installed.
+    class without codes, a text that DICOM cannot hold, and if highdicom is not installed.
     """
     try:
         import highdicom
@@ -84,26 +85,15 @@ def segmentation(
         raise Msa2NetError(
             "DICOM Segmentation", f"needs the package {error.name}", "", "pip install 'msa2net-edge[dicom-seg]'"
         ) from error
-    if missing := [name for name in _NEEDED if not source.get(name)]:
-        raise FrameError("source", f"has no {', '.join(missing)}", "expected a DICOM image", "Give a whole one.")
-    frames = int(source.get("NumberOfFrames", None) or 1)
-    array = np.asarray(masks)
-    expected = (frames, int(source.Rows), int(source.Columns))
-    if array.shape != expected or array.dtype != np.uint8:
-        raise FrameError(
-            "masks", f"got {array.dtype} {array.shape}", f"expected uint8 {expected}", "One of each frame."
-        )
-    chosen = CODES | dict(codes or {})
-    if unknown := [info.name for info in classes[1:] if info.name not in chosen]:
-        raise Msa2NetError(
-            "codes", f"none for {', '.join(map(repr, unknown))}", "expected a category and a type", "Give their codes."
-        )
-    source = _with_empty(source)
+    chosen = require_codes(classes, codes)
+    header, frames = _header(source)
+    size = (int(header.Rows), int(header.Columns))
     software = [
         f"{execution.model} {execution.model_version}"[:_LONGEST],
         f"msa2net-edge {version('msa2net-edge')}",
         f"{execution.runtime} {execution.runtime_version}, {execution.precision}"[:_LONGEST],
     ]
+    _require_ascii("model", *software, manufacturer, serial_number)
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=execution.model[:_LONGEST],
         family=known.DCM.ArtificialIntelligence,
@@ -132,89 +122,164 @@ def segmentation(
     )
     series, instance = generate_uid(), generate_uid()
 
-    def written(source: Dataset, pixels: NDArray[np.uint8]) -> Dataset:
+    def written(pixels: NDArray[np.uint8]) -> Dataset:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they quote the patient's name
-                return made_of(source, pixels)
-        except (AttributeError, TypeError, ValueError) as error:  # whose texts quote attributes, too
+                return highdicom.seg.Segmentation(
+                    source_images=[header],
+                    pixel_array=pixels,
+                    segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+                    segment_descriptions=segments,
+                    series_instance_uid=series,
+                    series_number=series_number,
+                    sop_instance_uid=instance,
+                    instance_number=1,
+                    manufacturer=manufacturer,
+                    manufacturer_model_name=MAKER,
+                    software_versions=software,  # type: ignore[arg-type]  # any number of them
+                    device_serial_number=serial_number,
+                    content_label="SEGMENTATION",
+                    omit_empty_frames=False,  # a frame without a lesion was segmented, too
+                    contributing_equipment=[equipment],
+                )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # whose texts quote attributes, too
             found = f"cannot be referred to ({type(error).__name__} in highdicom)"
             raise FrameError("source", found, "expected a standard DICOM image", "Use another output.") from None
 
-    def made_of(source: Dataset, pixels: NDArray[np.uint8]) -> Dataset:
-        return highdicom.seg.Segmentation(
-            source_images=[source],
-            pixel_array=pixels,
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=segments,
-            series_instance_uid=series,
-            series_number=series_number,
-            sop_instance_uid=instance,
-            instance_number=1,
-            manufacturer=manufacturer,
-            manufacturer_model_name=MAKER,
-            software_versions=software,  # type: ignore[arg-type]  # any number of them
-            device_serial_number=serial_number,
-            content_label="SEGMENTATION",
-            omit_empty_frames=False,  # a frame without a lesion was segmented, too
-            contributing_equipment=[equipment],
-        )
-
-    lies_in_space = "SharedFunctionalGroupsSequence" in source or "ImageOrientationPatient" in source
-    if lies_in_space and "FrameOfReferenceUID" in source:
-        return written(source, array if frames > 1 else array[0])
+    checked = _checked(masks, frames, size, len(classes))
+    lies_in_space = "SharedFunctionalGroupsSequence" in header or "ImageOrientationPatient" in header
+    if lies_in_space and "FrameOfReferenceUID" in header:
+        stack = np.stack(list(checked))
+        return written(stack if frames > 1 else stack[0])
     # highdicom writes several frames only of a source that lies somewhere in space, which a clip does not: each is
     # written as if it were an image of its own.
-    kind = source.SOPClassUID
-    source.SOPClassUID = SecondaryCaptureImageStorage
-    for name in ("FrameOfReferenceUID", "NumberOfFrames"):
-        if name in source:
-            delattr(source, name)
-    return _clip([written(source, frame) for frame in array], kind)
+    kind = header.SOPClassUID
+    _replace(header, SOPClassUID=SecondaryCaptureImageStorage, FrameOfReferenceUID=None, NumberOfFrames=None)
+    return _clip((written(mask) for mask in checked), frames, kind, header.SOPInstanceUID)
 
 
-def _clip(objects: Sequence[Dataset], kind: str) -> Dataset:
+def require_codes(
+    classes: Sequence[ClassInfo], codes: Mapping[str, tuple[Code, Code]] | None
+) -> dict[str, tuple[Code, Code]]:
+    """The codes of every class but the first. Raises Msa2NetError for one without, or codes that DICOM cannot hold."""
+    names = [info.name for info in classes[1:]]
+    if other := set(codes or ()) - set(names):
+        found = f"got {', '.join(map(repr, sorted(other)))}"
+        raise Msa2NetError("codes", found, f"expected some of {', '.join(map(repr, names))}", "Check the spelling.")
+    chosen = CODES | dict(codes or {})
+    if unknown := [name for name in names if name not in chosen]:
+        raise Msa2NetError(
+            "codes", f"none for {', '.join(map(repr, unknown))}", "expected a category and a type", "Give their codes."
+        )
+    for name in names:
+        for value, scheme, meaning in chosen[name]:
+            _require_ascii("codes", name, value, scheme, meaning)
+            if not (0 < len(value) <= 16 and 0 < len(scheme) <= 16 and 0 < len(meaning) <= _LONGEST):
+                expected = f"expected a value and a scheme of up to 16 characters, a meaning of up to {_LONGEST}"
+                raise Msa2NetError("codes", f"got {(value, scheme, meaning)} for {name!r}", expected, "Shorten it.")
+    return {name: chosen[name] for name in names}
+
+
+def _require_ascii(place: str, *texts: str) -> None:
+    for text in texts:
+        if not text.isascii():  # the object has the source's character set, which need not have it
+            raise Msa2NetError(place, f"got {text!r}", "expected ASCII in a DICOM Segmentation", "Rename it.")
+
+
+def _header(source: Dataset) -> tuple[Dataset, int]:
+    """A copy without the pixels, in which attributes that may be unknown are there; and the number of frames."""
+    from pydicom.dataset import Dataset
+
+    if missing := [name for name in _NEEDED if not source.get(name)]:
+        raise FrameError("source", f"has no {', '.join(missing)}", "expected a DICOM image", "Give a whole one.")
+    found = Dataset()
+    for element in source:
+        if element.tag not in _PIXELS:
+            found.add(deepcopy(element))
+    for name in _MAY_BE_EMPTY:
+        if name not in found:
+            setattr(found, name, "")
+    sets = found.get("SpecificCharacterSet")
+    if sets and not isinstance(sets, str):  # highdicom wants the first one by its name, where the standard has it empty
+        _replace(found, SpecificCharacterSet=[each or "ISO 2022 IR 6" for each in sets])
+    try:
+        return found, int(found.get("NumberOfFrames") or 1)
+    except (TypeError, ValueError):
+        raise FrameError("source", "NumberOfFrames is no number", "expected one", "Give a whole image.") from None
+
+
+def _replace(dataset: Dataset, **values: object) -> None:
+    """Sets attributes, or removes those of None."""
+    for name, value in values.items():
+        if name in dataset:
+            delattr(dataset, name)
+        if value is not None:
+            setattr(dataset, name, value)
+
+
+def _checked(
+    masks: Iterable[NDArray[np.uint8]], frames: int, size: tuple[int, int], classes: int
+) -> Iterator[NDArray[np.uint8]]:
+    count = 0
+    for mask in masks:
+        count += 1
+        if mask.shape != size or mask.dtype != np.uint8 or mask.max() >= classes or count > frames:
+            found = f"got {mask.dtype} {mask.shape} with classes up to {mask.max(initial=0)} for frame {count}"
+            raise FrameError(
+                "masks", found, f"expected {frames} of uint8 {size}, below {classes}", "One of each frame."
+            )
+        yield mask
+    if count != frames:
+        raise FrameError("masks", f"got {count}", f"expected {frames}", "Give one of each frame.")
+
+
+def _clip(objects: Iterator[Dataset], frames: int, kind: str, instance: str) -> Dataset:
     """The Segmentations of a clip's frames, each made as of an image, in one, by their place in time.
 
-    kind   SOP class of the clip
+    kind, instance   SOP class and instance of the clip
     """
     from pydicom.dataset import Dataset
-    from pydicom.pixels import pack_bits
     from pydicom.tag import Tag
 
-    whole = objects[0]
-    groups = []
+    whole, groups = Dataset(), list[Dataset]()
+    packed, rest = bytearray(), np.zeros(0, np.uint8)
     for number, each in enumerate(objects, 1):
+        whole = whole if groups else each
         for group in each.PerFrameFunctionalGroupsSequence:
             content = group.FrameContentSequence[0]
             content.TemporalPositionIndex = number
             content.DimensionIndexValues = [*np.atleast_1d(content.DimensionIndexValues).tolist(), number]
             for derived in group.DerivationImageSequence:
                 for image in derived.SourceImageSequence:
-                    if len(objects) > 1:
+                    if frames > 1:
                         image.ReferencedFrameNumber = number
             groups.append(group)
+        bits = np.concatenate([rest, each.pixel_array.reshape(-1)])
+        full = len(bits) // 8 * 8  # a frame may end within a byte, and the next one begins there
+        packed += np.packbits(bits[:full], bitorder="little").tobytes()
+        rest = bits[full:]
+    packed += np.packbits(rest, bitorder="little").tobytes()
     dimension = Dataset()
     dimension.DimensionIndexPointer = Tag("TemporalPositionIndex")
     dimension.FunctionalGroupPointer = Tag("FrameContentSequence")
     dimension.DimensionOrganizationUID = whole.DimensionIndexSequence[0].DimensionOrganizationUID
     dimension.DimensionDescriptionLabel = "Frame of the clip"
-    pixels = np.stack([each.pixel_array.reshape(-1) for each in objects])
     whole.DimensionIndexSequence.append(dimension)
     whole.PatientOrientation = ""  # unknown
     whole.PerFrameFunctionalGroupsSequence = groups
     whole.NumberOfFrames = len(groups)
-    whole.PixelData = pack_bits(pixels.reshape(-1))
-    for element in whole.iterall():
-        if element.keyword == "ReferencedSOPClassUID":
-            element.value = kind
+    whole.PixelData = bytes(packed) + b"\0" * (len(packed) % 2)
+    for item in _items(whole):
+        if item.get("ReferencedSOPInstanceUID") == instance:
+            item.ReferencedSOPClassUID = kind
     return whole
 
 
-def _with_empty(source: Dataset) -> Dataset:
-    """A copy in which attributes that may be unknown are there."""
-    found = deepcopy(source)
-    for name in _MAY_BE_EMPTY:
-        if name not in found:
-            setattr(found, name, "")
-    return found
+def _items(dataset: Dataset) -> Iterator[Dataset]:
+    """Every dataset in the sequences of one."""
+    for element in dataset:
+        if element.VR == "SQ":
+            for item in element.value:
+                yield item
+                yield from _items(item)

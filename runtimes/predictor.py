@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Condition
 from time import perf_counter_ns
 from typing import Any, Literal, cast
 
@@ -250,7 +250,7 @@ class Predictor:
         self._network, self._baked = network, baked
         self.execution = (network or next(iter(baked.values()))).execution
         self._process = os.getpid()
-        self._closed = False
+        self._closed = self._freed = False
         self.fault: FaultError | None = None
         self._idle = Condition()
         self._users = 0  # frames in the runtime
@@ -406,18 +406,13 @@ class Predictor:
         """As `predict`; the runtime is used with `turn` held."""
         with self._in_use():
             start = perf_counter_ns()
-            try:
-                if not isinstance(frame, np.ndarray):
-                    frame, bits = images.single(frame, bits)
-                pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
-                segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
-                if region is not None:
-                    segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
-                return segmentation
-            except MemoryError as error:
-                raise OutputError(
-                    "memory", f"is not enough ({error})", "", "Free some, or give smaller frames."
-                ) from error
+            if not isinstance(frame, np.ndarray):
+                frame, bits = images.single(frame, bits)
+            pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
+            segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
+            if region is not None:
+                segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
+            return segmentation
 
     def stream(
         self,
@@ -440,7 +435,7 @@ class Predictor:
         late        "drop": a frame that has not been begun gives way to a newer one, and one that is older than the
                     deadline is not begun; "wait": the source is not asked for a frame before there is room
         deadline_ms    milliseconds from capture until the caller gets the mask; a later one is given, and marked `late`
-        timeout_ms     milliseconds that a frame may be worked on
+        timeout_ms     milliseconds that a frame may be in the runtime
         recheck_every  a golden frame is run after so many frames, each in its turn
         bits, region   as of `predict`
 
@@ -450,20 +445,23 @@ class Predictor:
         Raises RuntimeUnavailableError for an argument out of range; what iterating raises is said at `stream.Stream`.
         """
         self._check_usable()
-        turn = Lock()
         cases = itertools.cycle(self._golden_cases() if recheck_every else [])
 
-        def recheck() -> None:
+        def recheck(turn: AbstractContextManager[None]) -> None:
             with self._in_use():
                 verdict = self._try([next(cases)], 1, turn)
             if not verdict.passed:
                 raise OutputError("golden frame", str(verdict), "expected a pass between two frames", _OFF)
 
+        def latch(fault: FaultError) -> None:
+            self.fault = self.fault or fault
+
         return stream.start(
-            lambda frame: self._predict(frame, bits, region, turn),
+            lambda frame, turn: self._predict(frame, bits, region, turn),
             recheck,
-            lambda fault: setattr(self, "fault", fault),
             frames,
+            latch=latch,
+            fault_elsewhere=lambda: self.fault,
             in_flight=in_flight,
             late=late,
             deadline_ms=deadline_ms,
@@ -474,11 +472,15 @@ class Predictor:
     def reset(self) -> None:
         """After a fault: runs the golden frames, and if they pass predicts again.
 
-        Raises OutputError, and stays latched, if they do not; RuntimeUnavailableError while a frame that ran into the
-        timeout is still in the runtime.
+        Raises OutputError, and is latched from then on, if they do not; RuntimeUnavailableError while a frame is in the
+        runtime, as one that ran into the timeout or those of a stream that goes on; BundleError as `self_test` does.
         """
-        self._wait_until_idle()
-        self._prove(built=False)
+        self._wait_until_idle("Close its streams, or end the process.")
+        try:
+            self._prove(built=False)
+        except OutputError as error:
+            self.fault = self.fault or FaultError(error.place, error.found, error.expected, error.advice)
+            raise
         self.fault = None
 
     def _segment(
@@ -497,18 +499,20 @@ class Predictor:
             whole = np.ascontiguousarray(pixels)
             prepared = perf_counter_ns()
             with turn:
+                began = perf_counter_ns()
                 outputs = self._run(graph, whole)
-            inferred = perf_counter_ns()
+                inferred = perf_counter_ns()
             logits, mask, placement = postprocess.check_baked(outputs, manifest, rows, columns)
         else:
             tensor = preprocess.to_tensor(pixels, manifest.input, bits)
             prepared = perf_counter_ns()
             with turn:
+                began = perf_counter_ns()
                 raw = self._infer(graph, tensor)
-            inferred = perf_counter_ns()
+                inferred = perf_counter_ns()
             logits, mask, placement = postprocess.finish(raw, manifest, rows, columns)
         done = perf_counter_ns()
-        timings = Timings((prepared - start) / 1e6, (inferred - prepared) / 1e6, (done - inferred) / 1e6)
+        timings = Timings((prepared - start) / 1e6, (inferred - began) / 1e6, (done - inferred) / 1e6)
         return Segmentation(
             mask,
             logits,
@@ -559,28 +563,36 @@ class Predictor:
 
     @contextmanager
     def _in_use(self, faulty: bool = False) -> Iterator[None]:
-        """While the runtime is used; `faulty`: even if a fault is latched."""
+        """While the runtime is used; `faulty`: even if a fault is latched. Memory that is short is an OutputError."""
+        self._check_usable(faulty)  # before the lock: a child after a fork may never get it
         with self._idle:
             self._check_usable(faulty)
             self._users += 1
         try:
             yield
+        except MemoryError as error:
+            found = f"is not enough ({error})"
+            raise OutputError("memory", found, "", "Free some, or give smaller frames.") from error
         finally:
             with self._idle:
                 self._users -= 1
                 self._idle.notify_all()
 
-    def _wait_until_idle(self) -> None:
+    def _wait_until_idle(self, advice: str) -> None:
+        self._check_process()
         with self._idle:
             if not self._idle.wait_for(lambda: not self._users, _IDLE_SECONDS):
                 found = f"{self._users} frames are still in the runtime after {_IDLE_SECONDS:g} s"
-                raise RuntimeUnavailableError("predictor", found, "expected none", "End the process.")
+                raise RuntimeUnavailableError("predictor", found, "expected none", advice)
 
-    def _check_usable(self, faulty: bool = False) -> None:
+    def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeUnavailableError(
                 "predictor", "was loaded before a fork", "expected the process that loaded it", "Load it in the child."
             )
+
+    def _check_usable(self, faulty: bool = False) -> None:
+        self._check_process()
         if self._closed:
             raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
         if self.fault and not faulty:
@@ -694,15 +706,18 @@ class Predictor:
         """Frees the runtime. The Predictor cannot be used afterwards; a second call does nothing.
 
         Waits for frames that other threads have in the runtime. Raises RuntimeUnavailableError, and frees nothing, if
-        they do not end within ten seconds. In a child after a fork, which has not the runtime's threads, it frees
-        nothing.
+        they do not end within ten seconds; then it may be called again. In a child after a fork, which has not the
+        runtime's threads, it frees nothing.
         """
+        if os.getpid() != self._process:
+            return
+        self._closed = True
+        self._wait_until_idle("Close again when they have ended, or end the process.")
         with self._idle:
-            first, self._closed = not self._closed, True
-        if first and os.getpid() == self._process:
-            self._wait_until_idle()
-            for graph in self._graphs():
-                graph.backend.close()
+            if not self._freed:
+                self._freed = True
+                for graph in self._graphs():
+                    graph.backend.close()
 
     def __enter__(self) -> Predictor:
         return self

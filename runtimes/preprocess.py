@@ -73,9 +73,9 @@ def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
 
 def cut(frame: NDArray[Any], region: tuple[int, int, int, int]) -> NDArray[Any]:
     """The region (top, left, rows, columns) of a frame. Raises FrameError unless it lies within it."""
-    whole = len(region) == 4 and all(isinstance(value, int) for value in region) and frame.ndim in (2, 3)
-    if whole:
-        top, left, rows, columns = region
+    whole = isinstance(region, tuple | list) and all(isinstance(value, int | np.integer) for value in region)
+    if whole and len(region) == 4 and frame.ndim in (2, 3):
+        top, left, rows, columns = map(int, region)
         if 0 <= top < top + rows <= frame.shape[0] and 0 <= left < left + columns <= frame.shape[1]:
             return frame[top : top + rows, left : left + columns]
     raise FrameError(

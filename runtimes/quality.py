@@ -60,12 +60,13 @@ def assess(
     """
     top = largest_value(sampled.dtype, bits)
     second, best = np.sort(softmax(logits), axis=0)[-2:]
-    edge = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
+    edge = np.ones(mask.shape, bool)
+    edge[1:-1, 1:-1] = False
     return Quality(
         contrast=float(sampled.std(dtype=np.float64)) / top,
         saturation=float(np.mean(sampled == top)),
         margin=float(np.mean(best - second)),
-        border=float(np.mean(edge != 0)),
+        border=float(np.mean(mask[edge] != 0)),
         area=float(np.mean(mask != 0)),
     )
 

@@ -6,11 +6,14 @@ on or wait for the caller, and one more waits for a thread: memory is bounded, w
 
 from __future__ import annotations
 
+import atexit
 import math
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from time import monotonic_ns
 from types import TracebackType
@@ -23,6 +26,8 @@ Late = Literal["drop", "wait"]
 _Made = TypeVar("_Made")
 AGES = 10_000  # the last masks whose ages the report is about
 _SOURCE_SECONDS = 1.0  # how long `close` waits for a source that is in the middle of a frame
+_LOOK_SECONDS = 0.5  # how often a thread that waits looks whether the stream was thrown away, or the runtime hangs
+_OLDEST, _NEWEST = 60_000_000_000, -1_000_000_000  # nanoseconds of age: beyond, a time of capture is of another clock
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,6 @@ class _Job(Generic[_Made]):
     index: int
     frame: Any
     captured: int  # nanoseconds of the monotonic clock, as all times here
-    started: int = 0
     finished: bool = False
     made: _Made | None = None
     refused: FrameError | None = None
@@ -76,29 +80,51 @@ class _Job(Generic[_Made]):
         return self.made is not None or self.refused is not None
 
 
+class _Turn:
+    """The runtime, which one frame has at a time; `since` is when it got it. The time in it is what is limited."""
+
+    def __init__(self, late: Callable[[int], object]) -> None:
+        self._lock, self._late = threading.Lock(), late
+        self.since: int | None = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.since = monotonic_ns()
+
+    def __exit__(self, *_: object) -> None:
+        began, self.since = self.since, None
+        self._lock.release()
+        if began is not None:
+            self._late(monotonic_ns() - began)
+
+
 class _Shared(Generic[_Made]):
-    """What the threads of one stream share; everything is read and written with `changed` held."""
+    """What the threads of one stream share, read and written with `changed` held but for `abandoned`."""
 
     def __init__(
         self,
-        work: Callable[[Any], _Made],
-        recheck: Callable[[], object],
+        work: Callable[[Any, AbstractContextManager[None]], _Made],
+        recheck: Callable[[AbstractContextManager[None]], object],
         latch: Callable[[FaultError], object],
+        fault_elsewhere: Callable[[], FaultError | None],
         in_flight: int,
         late: Late,
         deadline: float | None,
         timeout: float,
         recheck_every: int | None,
     ) -> None:
-        self.work, self.recheck, self.latch = work, recheck, latch
+        self.work, self.recheck, self.latch, self.fault_elsewhere = work, recheck, latch, fault_elsewhere
         self.in_flight, self.drop, self.recheck_every = in_flight, late == "drop", recheck_every
         self.deadline, self.timeout = deadline, timeout  # nanoseconds
+        self.process = os.getpid()
+        self.turn = _Turn(self._check_taken)
         self.changed = threading.Condition()
         self.newest: _Job[_Made] | None = None  # captured, and not begun
         self.line: deque[_Job[_Made]] = deque()  # begun, in the source's order
         self.ended = False  # the source has no more frames
         self.halted = False  # no more frames are begun
         self.closed = False
+        self.abandoned = False  # nobody has the stream any more; set without the lock, by the collector
         self.error: BaseException | None = None  # of the source or the work: raised after the masks that are there
         self.fault: FaultError | None = None  # raised at once
         self.frames = self.masks = self.dropped = self.refused = self.late = self.rechecks = self.worked = 0
@@ -107,6 +133,7 @@ class _Shared(Generic[_Made]):
     def offer(self, frame: Any, captured: int) -> bool:
         """A frame from the source; False if no more are wanted."""
         with self.changed:
+            self._look()
             if self.halted:
                 return False
             self.dropped += self.newest is not None
@@ -118,7 +145,8 @@ class _Shared(Generic[_Made]):
     def wait_for_room(self) -> bool:
         """Before the source is asked for a frame; False if no more are wanted."""
         with self.changed:
-            self.changed.wait_for(lambda: self.halted or self.drop or self.newest is None)
+            while not (self.halted or self.drop or self.newest is None):
+                self._wait()
             return not self.halted
 
     def take(self) -> _Job[_Made] | None:
@@ -128,25 +156,23 @@ class _Shared(Generic[_Made]):
                 job = self.newest
                 if job and len(self.line) < self.in_flight:
                     self.newest = None
-                    job.started = monotonic_ns()
                     self.changed.notify_all()
-                    if self.drop and self.deadline is not None and job.started - job.captured > self.deadline:
+                    if self.drop and self.deadline is not None and monotonic_ns() - job.captured > self.deadline:
                         self.dropped += 1
                         continue
                     self.line.append(job)
                     return job
                 if job is None and self.ended:
                     return None
-                self.changed.wait()
+                self._wait()
             return None
 
-    def finish(self, job: _Job[_Made]) -> bool:
-        """A frame that was worked on; True if a golden frame is due."""
+    def finish(self, job: _Job[_Made], made: _Made | None, refused: FrameError | None) -> bool:
+        """A frame that was worked on, with or without a result; True if a golden frame is due."""
         with self.changed:
-            job.finished = True  # with or without a result
-            self.refused += job.refused is not None
+            job.made, job.refused, job.finished, job.frame = made, refused, True, None
+            self.refused += refused is not None
             self.worked += 1
-            self._check_time(job, monotonic_ns())
             self.changed.notify_all()
             return self.recheck_every is not None and self.worked % self.recheck_every == 0 and not self.halted
 
@@ -164,54 +190,120 @@ class _Shared(Generic[_Made]):
     def fail(self, error: BaseException) -> None:
         """The work or a golden frame has raised this; an OutputError is a fault, and no mask is given any more."""
         with self.changed:
-            if isinstance(error, OutputError) and not self.fault:
+            if isinstance(error, FaultError):  # another stream's, which the predictor has refused this one for
+                self.fault = self.fault or error
+            elif isinstance(error, OutputError) and not self.fault:
                 self.fault = FaultError(error.place, error.found, error.expected, error.advice)
-                self.fault.__cause__ = error
+                self.fault.__cause__ = _without_frames(error)
                 self.latch(self.fault)
             self.error = self.error or error
             self._halt()
+
+    def check_time(self) -> None:
+        """Whether what is in the runtime has been there for too long."""
+        if (since := self.turn.since) is not None:
+            self._check_taken(monotonic_ns() - since)
+
+    def _check_taken(self, taken: int) -> None:
+        if taken > self.timeout and not self.fault:
+            found = f"a frame has been in the runtime for {taken / 1e6:.0f} ms"
+            expected = f"expected at most {self.timeout / 1e6:g} (timeout_ms)"
+            self.fail(OutputError("stream", found, expected, "Is the device overloaded?"))
 
     def _halt(self) -> None:
         self.halted, self.newest = True, None
         self.changed.notify_all()
 
-    def _check_time(self, job: _Job[_Made], now: int) -> None:
-        if (taken := now - job.started) > self.timeout:
-            found = f"frame {job.index} has taken {taken / 1e6:.0f} ms"
-            expected = f"expected at most {self.timeout / 1e6:g} (timeout_ms)"
-            self.fail(OutputError("stream", found, expected, "Is the device overloaded?"))
+    def _look(self) -> None:
+        self.check_time()
+        if self.abandoned:
+            self._halt()
+
+    def _wait(self) -> None:
+        self.changed.wait(_LOOK_SECONDS)
+        self._look()
 
     def next(self) -> Streamed[_Made]:
         with self.changed:
             while True:
-                now = monotonic_ns()
-                for job in self.line:
-                    if not job.finished:
-                        self._check_time(job, now)
-                if self.fault:
-                    raise self.fault
+                self.check_time()
+                if fault := self.fault or self.fault_elsewhere():
+                    self.fault = fault
+                    self._halt()
+                    # A new one each time: what is raised gathers the callers' frames.
+                    raise FaultError(fault.place, fault.found, fault.expected, fault.advice) from fault.__cause__
                 if self.closed:
                     raise StopIteration
                 if self.line and self.line[0].has_result:
                     job = self.line.popleft()
                     self.changed.notify_all()
-                    return self._handed_over(job, now)
+                    return self._handed_over(job)
                 stopped = self.halted and (not self.line or self.line[0].finished)
                 if stopped or (self.ended and not self.line and self.newest is None):
                     self.closed = True
                     self._halt()
                     raise self.error or StopIteration
-                running = [job.started for job in self.line if not job.finished]
-                self.changed.wait((min(running) + self.timeout - now) / 1e9 + 1e-3 if running else None)
+                since = self.turn.since
+                left = None if since is None else (since + self.timeout - monotonic_ns()) / 1e9 + 1e-3
+                self.changed.wait(_LOOK_SECONDS if left is None else min(max(left, 0), _LOOK_SECONDS))
 
-    def _handed_over(self, job: _Job[_Made], now: int) -> Streamed[_Made]:
+    def _handed_over(self, job: _Job[_Made]) -> Streamed[_Made]:
         if job.made is None:
             raise job.refused or StopIteration
-        age = now - job.captured
+        age = monotonic_ns() - job.captured
         late = self.deadline is not None and age > self.deadline
         self.masks, self.late = self.masks + 1, self.late + late
         self.ages.append(age / 1e6)
         return Streamed(job.index, job.made, age / 1e6, late)
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error and its causes without their tracebacks, which would keep images for as long as it is kept."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause.__context__ = None
+        cause = cause.__cause__
+    return error
+
+
+class _Threads:
+    """The threads of one stream, apart from it, so that they can be ended when the process is."""
+
+    def __init__(self, shared: _Shared[Any], frames: Iterable[Any]) -> None:
+        self.shared = shared
+        self.workers = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(shared.in_flight)]
+        self.source = threading.Thread(target=_capture, args=(shared, frames), daemon=True)
+        for thread in (*self.workers, self.source):
+            thread.start()
+
+    def end(self) -> None:
+        """Halts, and waits until the runtime is at rest, at most for the timeout; see `Stream.close`."""
+        shared = self.shared
+        if os.getpid() != shared.process:  # a child has none of the threads, and a lock may be held for ever
+            return
+        shared.close()
+        end = monotonic_ns() + shared.timeout
+        for worker in self.workers:
+            while worker.is_alive() and worker is not threading.current_thread() and monotonic_ns() < end:
+                since = shared.turn.since
+                if shared.fault and since is not None and monotonic_ns() - since > shared.timeout:
+                    break
+                worker.join(0.01)
+        shared.check_time()
+        if self.source is not threading.current_thread():
+            self.source.join(_SOURCE_SECONDS)
+        _running.discard(self)
+
+
+_running: set[_Threads] = set()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is stopped inside a runtime at the end of the process would abort it."""
+    for threads in list(_running):
+        threads.end()
 
 
 class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
@@ -224,18 +316,18 @@ class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
 
     def __init__(self, shared: _Shared[_Made], frames: Iterable[Any]) -> None:
         self._shared = shared
+        self._threads = _Threads(shared, frames)
+        _running.add(self._threads)
         # The threads hold `shared` and not the stream: one that is thrown away unclosed stops them.
-        self._stop = weakref.finalize(self, shared.close)
-        self._workers = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(shared.in_flight)]
-        self._source = threading.Thread(target=_capture, args=(shared, frames), daemon=True)
-        for thread in (*self._workers, self._source):
-            thread.start()
+        weakref.finalize(self, _abandon, shared, self._threads).atexit = False
 
     def __next__(self) -> Streamed[_Made]:
+        self._require_own_process()
         return self._shared.next()
 
     def report(self) -> StreamReport:
         """So far; also after the end."""
+        self._require_own_process()
         shared = self._shared
         with shared.changed:
             ages = list(shared.ages)
@@ -246,16 +338,16 @@ class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
     def close(self) -> None:
         """Ends it, from any thread; a caller who waits for a mask gets StopIteration. A second call does nothing.
 
-        Waits until the runtime is at rest, but not for a frame that has run into the timeout, nor more than a second
-        for a source that is blocked: that thread ends with the source's next frame.
+        Waits until the runtime is at rest, at most for the timeout; what is in it for longer is a fault. Waits no more
+        than a second for a source that is blocked: that thread ends with the source's next frame.
         """
-        self._stop()
-        shared = self._shared
-        for worker in self._workers:
-            if worker is not threading.current_thread():
-                worker.join(0 if shared.fault else shared.timeout / 1e9)
-        if self._source is not threading.current_thread():
-            self._source.join(_SOURCE_SECONDS)
+        self._threads.end()
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._shared.process:
+            raise RuntimeUnavailableError(
+                "stream", "was started before a fork", "expected the process that started it", "Start one in the child."
+            )
 
     def __enter__(self) -> Stream[_Made]:
         return self
@@ -264,12 +356,19 @@ class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
         self.close()
 
 
+def _abandon(shared: _Shared[Any], threads: _Threads) -> None:
+    """No lock is taken: the collector may run in the middle of anything."""
+    shared.abandoned = True
+    _running.discard(threads)
+
+
 def start(
-    work: Callable[[Any], _Made],
-    recheck: Callable[[], object],
-    latch: Callable[[FaultError], object],
+    work: Callable[[Any, AbstractContextManager[None]], _Made],
+    recheck: Callable[[AbstractContextManager[None]], object],
     frames: Iterable[Any],
     *,
+    latch: Callable[[FaultError], object],
+    fault_elsewhere: Callable[[], FaultError | None],
     in_flight: int,
     late: Late,
     deadline_ms: float | None,
@@ -278,8 +377,10 @@ def start(
 ) -> Stream[_Made]:
     """A stream of what `work` makes of each frame; see `Predictor.stream`.
 
-    recheck   raises OutputError if the device no longer does what was exported
-    latch     is told of a fault, with the stream's lock held
+    work, recheck    use the runtime with what they are given as their last argument held
+    recheck          raises OutputError if the device no longer does what was exported
+    latch            is told of a fault, with the stream's lock held
+    fault_elsewhere  one that this stream did not find, for which it gives no mask either
     """
     for name, count in (("in_flight", in_flight), ("recheck_every", 1 if recheck_every is None else recheck_every)):
         if type(count) is not int or count < 1:
@@ -290,7 +391,7 @@ def start(
     if late not in ("drop", "wait"):
         raise RuntimeUnavailableError("late", f"got {late!r}", "expected 'drop' or 'wait'", "Check it.")
     deadline = None if deadline_ms is None else deadline_ms * 1e6
-    shared = _Shared(work, recheck, latch, in_flight, late, deadline, timeout_ms * 1e6, recheck_every)
+    shared = _Shared(work, recheck, latch, fault_elsewhere, in_flight, late, deadline, timeout_ms * 1e6, recheck_every)
     return Stream(shared, frames)
 
 
@@ -304,29 +405,40 @@ def _capture(shared: _Shared[Any], frames: Iterable[Any]) -> None:
                 break
             captured = monotonic_ns()
             if isinstance(item, tuple):
-                item, captured = item
+                item, captured = _stamped(item, captured)
             if not shared.offer(item, captured):
                 break
+            del item  # it may be large, and the next may be long in coming
     except BaseException as error:  # the caller's thread raises it
         shared.end(error)
     else:
         shared.end(None)
 
 
+def _stamped(item: tuple[Any, ...], now: int) -> tuple[Any, int]:
+    """A frame and its time of capture. Raises FrameError for a time of another clock or unit."""
+    if len(item) == 2 and type(item[1]) is int and _NEWEST <= now - item[1] <= _OLDEST:
+        return item
+    found = f"got {item[1]!r}" if len(item) == 2 else f"got {len(item)} values"
+    expected = f"expected a frame and nanoseconds of time.monotonic_ns(), now {now}, at most a minute old"
+    raise FrameError("capture", found, expected, "Leave the time out, or take it from that clock.")
+
+
 def _work(shared: _Shared[Any]) -> None:
-    while job := shared.take():
-        try:
-            job.made = shared.work(job.frame)
-        except FrameError as error:
-            job.refused = error
-        except BaseException as error:  # the caller's thread raises it
-            shared.fail(error)
-        job.frame = None
-        if shared.finish(job):
+    try:
+        while job := shared.take():
+            made = refused = None
             try:
-                shared.recheck()
-            except BaseException as error:
+                made = shared.work(job.frame, shared.turn)
+            except FrameError as error:
+                refused = error
+            except BaseException as error:  # the caller's thread raises it
                 shared.fail(error)
-            else:
+            due = shared.finish(job, made, refused)
+            del job, made, refused
+            if due:
+                shared.recheck(shared.turn)
                 with shared.changed:
                     shared.rechecks += 1
+    except BaseException as error:
+        shared.fail(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,71 @@ def test_several_classes_and_codes_of_the_users_own(
     assert read.SegmentSequence[2].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Hair"
 
 
+def test_several_classes_in_a_clip_whose_frames_end_within_a_byte(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    """5 frames of 9 x 11, 2 segments: 99 bits each."""
+    source = dcmread(examples("ybr_color"), stop_before_pixels=True)
+    source.Rows, source.Columns, source.NumberOfFrames = 9, 11, 5
+    study = Dataset()  # another reference of the source, which the object takes over
+    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = "1.2.840.10008.3.1.2.3.1", "1.2.3.4"
+    source.ReferencedStudySequence = [study]
+    classes = (*LESION, ClassInfo(name="liver", color=(1, 2, 3)))
+    masks = np.random.default_rng(1).integers(0, 3, (5, 9, 11), np.uint8)
+    read = stored(list(masks), tmp_path / "out.dcm", classes=classes, execution=predictors["onnxruntime"].execution)(
+        source
+    )
+    by_source = read.get_pixels_by_source_frame(source.SOPInstanceUID, range(1, 6))
+    assert np.array_equal(by_source, np.stack([masks == 1, masks == 2], -1))
+    assert read.ReferencedStudySequence[0].ReferencedSOPClassUID == "1.2.840.10008.3.1.2.3.1"
+    indices = [
+        tuple(group.FrameContentSequence[0].DimensionIndexValues) for group in read.PerFrameFunctionalGroupsSequence
+    ]
+    assert len(set(indices)) == 10
+    assert all(len(index) == len(read.DimensionIndexSequence) for index in indices)
+
+
+@pytest.mark.parametrize("sets", [["", "ISO 2022 IR 87"], "ISO_IR 100", "ISO_IR 192"])
+def test_character_sets_of_the_source(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path, sets: Any
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    source.SpecificCharacterSet = sets
+    mask = np.ones((source.Rows, source.Columns), np.uint8)
+    read = stored([mask], tmp_path / "out.dcm", classes=LESION, execution=predictors["onnxruntime"].execution)(source)
+    assert str(read.PatientName) == str(source.PatientName)
+
+
+def test_what_dicom_cannot_hold_is_refused(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    mask, execution = np.zeros((source.Rows, source.Columns), np.uint8), predictors["onnxruntime"].execution
+    pair = dicom.CODES["lesion"]
+    named = (LESION[0], ClassInfo(name="Läsion", color=(1, 2, 3)))
+    tries: list[tuple[Any, Any, str]] = [
+        (named, {"Läsion": pair}, "codes: got 'Läsion', expected ASCII"),
+        (LESION, {"lesoin": pair}, "codes: got 'lesoin', expected some of 'lesion'. Check the spelling."),
+        (LESION, {"lesion": (pair[0], ("1", "SCT", "x" * 65))}, "a meaning of up to 64"),
+        (LESION, {"lesion": (pair[0], ("", "SCT", "x"))}, "a value and a scheme of up to 16 characters"),
+    ]
+    for classes, codes, text in tries:
+        with pytest.raises(Msa2NetError) as caught:
+            dicom.segmentation(source, [mask], classes, execution, codes=codes)
+        assert text in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_error_quotes_the_source(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    mask, execution = np.zeros((source.Rows, source.Columns), np.uint8), predictors["onnxruntime"].execution
+    source.PatientName, source.PatientID = "Sekret^Siri", "SEKRET"
+    source.PatientSex = "SEKRET"  # which is no sex
+    source.FrameOfReferenceUID, source.ImageOrientationPatient = "1.2.3", [1, 0, 0, 0, 1, 0]
+    with pytest.raises(FrameError, match="source: cannot be referred to") as caught:
+        dicom.segmentation(source, [mask], LESION, execution)
+    assert "ekret" not in repr(caught.value).lower()
+    assert caught.value.__cause__ is None
+
+
 def test_every_known_code_is_one_of_the_standard_tables() -> None:
     from pydicom.sr.codedict import codes
 
@@ -115,8 +181,10 @@ def test_a_source_that_cannot_be_referred_to_is_refused(
 
 def test_masks_of_other_frames_are_refused(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:
     source = dcmread(examples("rgb_color"), stop_before_pixels=True)
-    for masks in (np.zeros((1, 9, 9), np.uint8), np.zeros((2, source.Rows, source.Columns), np.uint8)):
-        with pytest.raises(FrameError, match=r"masks: got uint8 \(.*\), expected uint8 \(1, "):
+    shape = (source.Rows, source.Columns)
+    wrong = [np.zeros((1, 9, 9), np.uint8), np.zeros((2, *shape), np.uint8), np.full((1, *shape), 2, np.uint8), []]
+    for masks in wrong:
+        with pytest.raises(FrameError, match=r"masks: got .*, expected 1"):
             dicom.segmentation(source, masks, LESION, predictors["onnxruntime"].execution)
 
 
@@ -152,6 +220,9 @@ def test_the_command_writes_one_object_for_each_input(
     assert main(["predict", str(tmp_path / "frame.npy"), *options, str(tmp_path / "no.dcm")]) == 2
     assert "input 1 of 1, --segmentation: is no DICOM file" in capsys.readouterr().err
     assert not (tmp_path / "no.dcm").exists()
+    shutil.copy(inputs[0], tmp_path / "0000.dcm")
+    assert main(["predict", str(tmp_path / "0000.dcm"), *options, str(tmp_path)]) == 2
+    assert "--segmentation: is the folder of an input, expected another" in capsys.readouterr().err
 
 
 def test_the_command_takes_codes_from_a_file(
@@ -164,7 +235,13 @@ def test_the_command_takes_codes_from_a_file(
     assert main(["predict", source, *options]) == 0
     read = highdicom.seg.segread(tmp_path / "out.dcm")
     assert read.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0].CodeMeaning == "Mass"
-    for text in ("[", "[1]", '{"lesion": [["1", "2"]]}', '{"lesion": [["1", "2", "3"]]}'):
+    for text in (
+        "[",
+        "[1]",
+        '{"lesion": [["1", "2"]]}',
+        '{"lesion": ["abc", "def"]}',
+        '{"lesion": [[1, 2, 3], [1, 2, 3]]}',
+    ):
         codes.write_text(text)
         assert main(["predict", source, *options]) == 2
-        assert "--codes: cannot be used" in capsys.readouterr().err
+        assert "--codes: " in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_eight_threads_on_one_predictor_and_a_second_one_beside_it(
 def test_closing_during_predict_gives_masks_or_an_error_by_name(predictors: dict[str, Predictor], runtime: str) -> None:
     expected = [predictors[runtime].predict(frame).mask for frame in FRAMES]
     predictor = Predictor.load(DEMO_BUNDLE, runtime=runtime, cache=False)
-    begun, wrong, errors = threading.Barrier(5), list[int](), list[str]()
+    begun, wrong, errors = threading.Barrier(5, timeout=60), list[int](), list[str]()
 
     def work() -> None:
         predictor.predict(FRAMES[0])
