@@ -37,7 +37,7 @@ from msa2net.runtimes.bundle import Bundle
 
 SEED = 7_000_000  # apart from all others
 FRAMES, OTHER_SHAPE = 4, (480, 640, 3)
-SAMPLE_SECONDS, BIN_SECONDS, TURN_SECONDS = 5.0, 30.0, 15.0
+SAMPLE_SECONDS, BIN_SECONDS, TURN_SECONDS = 5.0, 30.0, 5.0
 MOST_SILENT_SECONDS = 120.0  # starting is the longest
 WARM_UP = 0.2  # of the time: caches fill, the allocator finds its size
 MOST_MB_PER_HOUR = 1.0
