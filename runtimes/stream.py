@@ -84,7 +84,8 @@ class _Turn:
     """The runtime, which one frame has at a time; `since` is when it got it. The time in it is what is limited."""
 
     def __init__(self, late: Callable[[int], object]) -> None:
-        self._lock, self._late = threading.Lock(), late
+        self._lock = threading.Lock()
+        self._late = weakref.WeakMethod(late)  # whose owner has this: the golden frames go with it, not with a cycle
         self.since: int | None = None
 
     def __enter__(self) -> None:
@@ -94,8 +95,8 @@ class _Turn:
     def __exit__(self, *_: object) -> None:
         began, self.since = self.since, None
         self._lock.release()
-        if began is not None:
-            self._late(monotonic_ns() - began)
+        if began is not None and (late := self._late()):
+            late(monotonic_ns() - began)
 
 
 class _Shared(Generic[_Made]):

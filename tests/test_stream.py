@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -394,6 +395,22 @@ def test_a_stream_that_is_thrown_away_stops_its_threads() -> None:
     del each
     gc.collect()
     until(lambda: threading.active_count() <= before)
+
+
+def test_what_a_stream_held_is_freed_when_it_ends_and_not_by_a_collection(
+    predictors: dict[str, Predictor], images: list[NDArray[np.uint8]]
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with predictors["onnxruntime"].stream(images, late="wait", recheck_every=2, timeout_ms=60_000) as found:
+            assert len(list(found)) == len(images)
+        held = weakref.ref(found._shared)
+        assert held()
+        del found
+        until(lambda: held() is None)
+    finally:
+        gc.enable()
 
 
 def test_leaving_the_block_by_an_exception_stops_the_threads() -> None:
