@@ -309,32 +309,32 @@ LEFT_OPEN = """
 import itertools, os, sys
 import numpy as np
 from msa2net import Predictor
+from msa2net.errors import RuntimeUnavailableError
 predictor = Predictor.load(runtime=sys.argv[1], cache=False, threads=1)
 stream = predictor.stream(itertools.cycle([np.zeros((480, 640, 3), np.uint8)]), in_flight=3)
 next(stream)
-if sys.argv[2] == "fork":
-    from msa2net.errors import RuntimeUnavailableError
-    for _ in range(8):  # in any state of the locks
-        next(stream)
-        if not (child := os.fork()):
-            for call in (stream.__next__, stream.report, lambda: predictor.predict(np.zeros((8, 8), np.uint8))):
-                try:
-                    call()
-                    os._exit(3)
-                except RuntimeUnavailableError:
-                    pass
-            stream.close()
-            predictor.close()
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+for _ in range(8):  # in any state of the locks
+    next(stream)
+    if not (child := os.fork()):
+        for call in (stream.__next__, stream.report, lambda: predictor.predict(np.zeros((8, 8), np.uint8))):
+            try:
+                call()
+                os._exit(3)
+            except RuntimeUnavailableError as error:
+                if "before a fork" not in str(error):
+                    os._exit(4)
+        stream.close()
+        predictor.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 print("done")
 """
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "pytorch"])
-@pytest.mark.parametrize("way", ["exit", "fork"])
-def test_a_process_ends_well_with_a_stream_left_open(runtime: str, way: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LEFT_OPEN, runtime, way]
+def test_forks_beside_a_stream_and_a_process_that_ends_with_one_left_open(runtime: str) -> None:
+    """The child is told, and neither hangs nor crashes; the parent goes on, and ends without an abort."""
+    command = [sys.executable, "-W", "ignore", "-c", LEFT_OPEN, runtime]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
