@@ -636,6 +636,7 @@ class Predictor:
                 continue
             try:
                 pixels = preprocess.check_frame(frame)
+                preprocess.check_channels(pixels, contract)
             except FrameError as error:
                 raise BundleError(entry.frame, error.found, error.expected, "Export the model again.") from error
             logits = self._golden(entry.logits, (np.float32, (classes, contract.height, contract.width)))

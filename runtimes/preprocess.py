@@ -205,6 +205,14 @@ def _apply(rule: str, target: int, pixels: NDArray[Any]) -> NDArray[np.float32]:
     return out
 
 
+def check_channels(frame: NDArray[Any], contract: InputContract) -> None:
+    """Raises FrameError if the frame is in colour and the network takes grey only."""
+    if frame.ndim == 3 and contract.channels == 1:
+        raise FrameError(
+            "frame", f"got {frame.shape}", "expected (H, W): the network takes grey", "Convert it to grey."
+        )
+
+
 def largest_value(dtype: np.dtype[Any], bits: int | None) -> int:
     """That a checked frame can hold; `bits` as in `check_frame`."""
     return 1 if dtype == np.float32 else (1 << int(bits or 8 * dtype.itemsize)) - 1
@@ -213,13 +221,10 @@ def largest_value(dtype: np.dtype[Any], bits: int | None) -> int:
 def to_tensor(frame: NDArray[Any], contract: InputContract, bits: int | None = None) -> NDArray[np.float32]:
     """A checked frame (see `check_frame`) -> the network's input, (1, C, h, w) float32, contiguous.
 
-    Raises FrameError if the frame is in colour and the network takes grey only.
+    Raises FrameError as `check_channels`.
     """
+    check_channels(frame, contract)
     colour = frame.ndim == 3
-    if colour and contract.channels == 1:
-        raise FrameError(
-            "frame", f"got {frame.shape}", "expected (H, W): the network takes grey", "Convert it to grey."
-        )
     placement = place(contract, *frame.shape[:2])
     image = frame if colour else frame[:, :, None]
     planes = resize(image, contract.resize, placement.height, placement.width)

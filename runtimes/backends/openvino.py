@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import platform
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection
@@ -46,6 +47,7 @@ _NO_COMPUTE = {"Const", "Input", "Output", "Reorder", "Reshape"}
 _ENDS = ("Input", "Output")  # of uint8, in a baked graph
 _BLOB = "model.blob"
 _GRAPH_ALONE = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # an exported model refers to its weights' file
+_CACHES = platform.machine() in ("x86_64", "AMD64")  # on Arm the CPU plugin of 2026.4.1 does not know that property
 
 
 class _Stream(io.BytesIO):
@@ -156,7 +158,8 @@ class OpenVinoBackend:
 
     @staticmethod
     def compiled_for(device: str, threads: int) -> dict[str, Any] | None:
-        return {"version": openvino.__version__, "threads": threads} if device == "CPU" else None
+        kept = device == "CPU" and _CACHES
+        return {"version": openvino.__version__, "threads": threads} if kept else None
 
     def _executed(self) -> list[tuple[str, str]]:
         """Type and executed precision of every layer of the network that says it."""
