@@ -539,7 +539,7 @@ def digest_of_path(path: Path) -> str:
 
 def _shown(path: str) -> str:
     """A path as it may stand in a message of one line: a file system allows any byte in it."""
-    return path if _TEXT.fullmatch(path) else ascii(path)
+    return path if path.isprintable() else ascii(path)
 
 
 def raised(error: OSError) -> None:

@@ -171,6 +171,6 @@ def test_two_hundred_starts_do_not_grow(runtime: str) -> None:
     seen = starts(runtime, 200)
     early, late = np.median(seen[60:100, 0]), np.median(seen[160:, 0])
     print(f"{runtime}: {early:.1f} MiB after 60 to 100 starts, {late:.1f} after 160 to 200")
-    assert late - early < 2, (early, late)
+    assert late - early < 5, (early, late)  # a leaked model would be 4 a start; glibc's arenas grow by steps of 2
     assert len(set(seen[10:, 1])) == 1
     assert len(set(seen[10:, 2])) == 1
