@@ -7,6 +7,7 @@ on or wait for the caller, and one more waits for a thread: memory is bounded, w
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import threading
@@ -295,6 +296,14 @@ class _Threads:
         if self.source is not threading.current_thread():
             self.source.join(_SOURCE_SECONDS)
         _running.discard(self)
+        give_memory_back()
+
+
+def give_memory_back() -> None:
+    """Each new thread may take another of glibc's arenas, which keep what the frames of one stream needed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
 
 
 _running: set[_Threads] = set()
