@@ -39,4 +39,4 @@ def replacing(file: Path, said: str = "") -> Iterator[BinaryIO]:
 def write_json(file: Path, document: Any, indent: int | None = 1) -> None:
     """Writes a JSON document, see `replacing`."""
     with replacing(file) as out:
-        out.write(f"{json.dumps(document, indent=indent)}\n".encode())
+        out.write(f"{json.JSONEncoder(indent=indent).encode(document)}\n".encode())
