@@ -337,7 +337,7 @@ class Predictor:
                     "frame_shape", f"got {frame_shape}", f"expected a baked graph's ({there})", "Export with --bake."
                 )
         asked = {"runtime_asked": runtime, "precision_asked": precision, "device_asked": device, "signature": signed}
-        with ExitStack() as stack, ExitStack() as failed:
+        with _enough_memory(), ExitStack() as stack, ExitStack() as failed:
             slots = []
 
             def loaded(part: Artifact | Baked) -> _Graph:
@@ -727,6 +727,14 @@ class Predictor:
         self.close()
 
 
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise RuntimeUnavailableError("memory", f"is not enough ({error})", "", "Free some.") from error
+
+
 def _load(
     bundle: Bundle,
     artifact: Artifact,
@@ -743,7 +751,11 @@ def _load(
     """
     with bundle.open_unchecked(part) as (files, check), ThreadPoolExecutor(1) as pool:
         # Hashing takes as long as importing the runtime, or as packing the weights, and goes on beside both.
-        checked = pool.submit(check)
+        try:
+            checked = pool.submit(check)
+        except RuntimeError as error:  # there is no memory for its stack
+            found = f"cannot start a thread ({error})"
+            raise RuntimeUnavailableError("memory", found, "", "Free some, or allow more threads.") from error
         backend_type = backend_class(artifact.runtime)
         facts = backend_type.compiled_for(device, threads)
         slot = _slot(cache, bundle, artifact, part, device, facts, checked.result)

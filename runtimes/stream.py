@@ -276,8 +276,13 @@ class _Threads:
         self.shared = shared
         self.workers = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(shared.in_flight)]
         self.source = threading.Thread(target=_capture, args=(shared, frames), daemon=True)
-        for thread in (*self.workers, self.source):
-            thread.start()
+        try:
+            for thread in (*self.workers, self.source):
+                thread.start()
+        except RuntimeError as error:  # there is no memory for its stack
+            shared.close()
+            found = f"cannot start a thread ({error})"
+            raise RuntimeUnavailableError("stream", found, "", "Free memory, or allow more threads.") from error
 
     def end(self) -> None:
         """Halts, and waits until the runtime is at rest, at most for the timeout; see `Stream.close`."""
