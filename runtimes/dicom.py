@@ -20,6 +20,7 @@ from msa2net.runtimes.bundle import ClassInfo
 from msa2net.runtimes.predictor import Execution
 
 if TYPE_CHECKING:
+    from pydicom.dataelem import DataElement
     from pydicom.dataset import Dataset
 
 Code = tuple[str, str, str]  # value, scheme designator, meaning: ("10200004", "SCT", "Liver")
@@ -270,16 +271,10 @@ def _clip(objects: Iterator[Dataset], frames: int, kind: str, instance: str) -> 
     whole.PerFrameFunctionalGroupsSequence = groups
     whole.NumberOfFrames = len(groups)
     whole.PixelData = bytes(packed) + b"\0" * (len(packed) % 2)
-    for item in _items(whole):
-        if item.get("ReferencedSOPInstanceUID") == instance:
+
+    def refer_to_the_clip(item: Dataset, element: DataElement) -> None:
+        if element.keyword == "ReferencedSOPInstanceUID" and element.value == instance:
             item.ReferencedSOPClassUID = kind
+
+    whole.walk(refer_to_the_clip)
     return whole
-
-
-def _items(dataset: Dataset) -> Iterator[Dataset]:
-    """Every dataset in the sequences of one."""
-    for element in dataset:
-        if element.VR == "SQ":
-            for item in element.value:
-                yield item
-                yield from _items(item)
