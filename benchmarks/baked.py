@@ -9,7 +9,8 @@ import argparse
 import ctypes
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ def in_parts(predictor: Predictor, frame: NDArray[np.uint8]) -> NDArray[np.uint8
     return postprocess.to_mask(logits, preprocess.place(manifest.input, *size), size, manifest.enlarge)
 
 
-def in_cpp(library: Path, bundle: Path, precision: str, threads: int, frame: NDArray[np.uint8]) -> Callable[[], object]:
+@contextmanager
+def in_cpp(
+    library: Path, bundle: Path, precision: str, threads: int, frame: NDArray[np.uint8]
+) -> Iterator[Callable[[], NDArray[np.uint8]]]:
     """A call of the C library's `msa2net_predict` on the frame, which returns the mask. Raises Msa2NetError."""
     c = ctypes.CDLL(str(library))
     c.msa2net_last_error.restype = ctypes.c_char_p
@@ -55,7 +59,10 @@ def in_cpp(library: Path, bundle: Path, precision: str, threads: int, frame: NDA
         checked(c.msa2net_predict(pointer, *places, None))
         return mask
 
-    return call
+    try:
+        yield call
+    finally:
+        c.msa2net_close(pointer)
 
 
 def measure(bundle: Bundle, threads: int, rounds: int, cpp: Path | None = None) -> list[dict[str, Any]]:
@@ -73,10 +80,11 @@ def measure(bundle: Bundle, threads: int, rounds: int, cpp: Path | None = None) 
                     "parts": partial(in_parts, predictor, images[0]),
                 }
                 equal_in_cpp = None
-                if cpp and runtime == "openvino":
-                    calls["cpp"] = in_cpp(cpp, bundle.path, precision, threads, images[0])
-                    equal_in_cpp = pixel_agreement(calls["cpp"](), predictor.predict(images[0]).mask)  # type: ignore[arg-type]
-                samples = milliseconds(calls, rounds, PAUSE)
+                with ExitStack() as opened:
+                    if cpp and runtime == "openvino":
+                        call = opened.enter_context(in_cpp(cpp, bundle.path, precision, threads, images[0]))
+                        calls["cpp"], equal_in_cpp = call, pixel_agreement(call(), predictor.predict(images[0]).mask)
+                    samples = milliseconds(calls, rounds, PAUSE)
                 rows.append(
                     {
                         "artifact": artifact.name,
