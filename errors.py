@@ -50,6 +50,11 @@ class OutputError(Msa2NetError):
 class FaultError(OutputError):
     """A predictor whose stream has failed: it gives no mask until `Predictor.reset` has proven it again."""
 
+    @classmethod
+    def of(cls, error: Msa2NetError) -> FaultError:
+        """The same words, without the traceback, which would keep images for as long as the fault is latched."""
+        return cls(error.place, error.found, error.expected, error.advice)
+
 
 class ExportError(Msa2NetError):
     """An export that was refused; unless it says otherwise, nothing has been written under the target's name."""

@@ -9,6 +9,7 @@ pieces: an output sample has few inputs, and a table as wide as the frame would 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from msa2net.runtimes.preprocess import MAX_PIXELS, MAX_SIDE, place, resize_tabl
 
 EXTRAS = BAKED_OUTPUTS[2:]
 _MOST_TAPS = 12  # up to which OpenVINO fuses weighted rows; beyond, and elsewhere, products of blocks are faster
+_PIECE = 320_000  # values of the rows that are weighted at a time: with what they are made of they stay in the cache
 _ALIGNMENT = 64  # bytes, of a constant in the file that is mapped
 _BLOCK = 28  # outputs of a block: more waste arithmetic on zeros, fewer on overlaps and calls
 # Inputs of a block: ONNX Runtime sums up to as many one after the other, as numpy does, and gets nearly the same bits.
@@ -125,20 +127,22 @@ class _Blocks:
         return self.table[number * self.size : (number + 1) * self.size, start : start + self.count]
 
 
-def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], fused: bool) -> str:
-    """(n, N) of uint8 or float32 -> (m, N) float32."""
+def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], width: int, fused: bool) -> str:
+    """(n, width) of uint8 or float32 -> (m, width) float32."""
     target, source = table.shape
     if target == source:
         return graph.cast(x, TensorProto.FLOAT)
     taps = _Blocks.of(table, 1)
     if fused and taps.count <= _MOST_TAPS:
-        total = ""
-        for tap in range(taps.count):
-            weights = table[np.arange(target), taps.starts + tap][:, None]
-            row = graph.cast(graph.gather(x, taps.starts + tap, 0), TensorProto.FLOAT)
-            row = graph.add("Mul", row, graph.const(weights))
-            total = graph.add("Add", total, row) if total else row
-        return total
+        pieces = []
+        for outputs in np.array_split(np.arange(target), math.ceil(target * width / _PIECE)):
+            total = ""
+            for inputs in (taps.starts[outputs] + tap for tap in range(taps.count)):
+                row = graph.cast(graph.gather(x, inputs, 0), TensorProto.FLOAT)
+                row = graph.add("Mul", row, graph.const(table[outputs, inputs][:, None]))
+                total = graph.add("Add", total, row) if total else row
+            pieces.append(total)
+        return graph.add("Concat", *pieces, axis=0) if len(pieces) > 1 else pieces[0]
     # One after the other: the float32 of a block stays in the cache, that of a frame would not.
     blocks, parts = _Blocks.of(table, _BLOCK), []
     for k, start in enumerate(blocks.starts):
@@ -156,7 +160,8 @@ def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], height: i
         x = graph.add("Transpose", graph.reshape(x, height, source, planes), perm=[2, 0, 1]) if planes > 1 else x
         x = graph.reshape(x, planes * height, source)
     if target != source:
-        blocks = _Blocks.of(table, _BLOCK // 2)
+        # Between planes that lie side by side there are zeros, and they are multiplied, too: smaller blocks pay there.
+        blocks = _Blocks.of(table, _BLOCK // 2 if apart else _BLOCK // 3)
         beside, parts = 1 if apart else planes, []
         for k, start in enumerate(blocks.starts):
             piece = graph.slice(x, int(start) * beside, int(start + blocks.count) * beside, 1)
@@ -171,13 +176,13 @@ def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], height: i
 def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
     """`frame` -> `image` (1, C, h, w) float32, as `preprocess.to_tensor` makes it.
 
-    fused   weighted rows instead of products of blocks, where there are few: for a runtime that fuses them
+    fused   for OpenVINO, which fuses weighted rows: these instead of products of blocks, where there are few
     """
     contract = manifest.input
     graph, spot, planes = _Graph("front"), place(contract, size.rows, size.columns), 3 if size.colour else 1
     x = graph.reshape("frame", size.rows, size.columns * planes)
     rows = resize_table(contract.resize, size.rows, spot.height)
-    x = _resize_rows(graph, x, rows, fused)
+    x = _resize_rows(graph, x, rows, size.columns * planes, fused)
     columns = resize_table(contract.resize, size.columns, spot.width)
     x = _resize_columns(graph, x, columns, spot.height, planes, fused)
     x = graph.reshape(x, 1, planes, spot.height, spot.width)
@@ -194,7 +199,7 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
 
 
 def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool) -> onnx.ModelProto:
-    """`logits` -> `mask` and the extras, as `postprocess.to_mask` makes it."""
+    """`logits` -> `mask` and the extras, as `postprocess.to_mask` makes it; `fused` as in `front`."""
     contract, classes = manifest.input, len(manifest.classes)
     graph, spot, whole = _Graph("back"), place(contract, size.rows, size.columns), (size.rows, size.columns)
     x = graph.slice("logits", spot.top, spot.top + spot.height, 2)
@@ -204,7 +209,7 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
     if manifest.enlarge == "bilinear":
         x = graph.add("Transpose", graph.add("Softmax", x, axis=0), perm=[1, 0, 2])
         x = graph.reshape(x, spot.height, classes * spot.width)
-        x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), fused)
+        x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), classes * spot.width, fused)
         x = graph.reshape(x, size.rows * classes, spot.width)
         x = _resize_columns(graph, x, resize_table("bilinear", spot.width, size.columns), size.rows * classes, 1, fused)
         x = graph.add("Transpose", graph.reshape(x, size.rows, classes, size.columns), perm=[1, 0, 2])
@@ -219,24 +224,27 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
         if "confidence" in extras and not shares:
             shares = graph.add("Softmax", x, axis=0)
         x = graph.add("ArgMax", x, axis=0, keepdims=0)
-    small = graph.cast(x, TensorProto.UINT8)
-
-    def enlarged(maps: str, output: str) -> str:
-        if manifest.enlarge == "bilinear":
-            return graph.add("Identity", maps, output=output)
-        return graph.gather(graph.gather(maps, columns, 1), rows, 0, output=output)
-
-    mask = enlarged(small, "mask")
-    outputs: list[tuple[str, int, Sequence[int]]] = [("mask", TensorProto.UINT8, whole)]
+    maps = {"mask": graph.cast(x, TensorProto.UINT8)}
     if "confidence" in extras:
         best = best or graph.add("ReduceMax", shares, graph.const(np.array([0])), keepdims=0)
         scaled = graph.add("Add", graph.add("Mul", best, graph.number(255)), graph.number(0.5))
-        scaled = graph.add("Floor", scaled)
-        enlarged(graph.cast(scaled, TensorProto.UINT8), "confidence")
-        outputs.append(("confidence", TensorProto.UINT8, whole))
+        maps["confidence"] = graph.cast(graph.add("Floor", scaled), TensorProto.UINT8)
+    if manifest.enlarge == "bilinear":
+        for name, each in maps.items():
+            graph.add("Identity", each, output=name)
+    else:
+        x = graph.add("Concat", *maps.values(), axis=0) if len(maps) > 1 else maps["mask"]
+        if fused:
+            x = graph.gather(x, columns, 1)
+        else:  # as rows, which are copied whole: ONNX Runtime fetches single bytes with a call each
+            x = graph.gather(graph.add("Transpose", x, perm=[1, 0]), columns, 0)
+            x = graph.add("Transpose", x, perm=[1, 0])
+        for i, name in enumerate(maps):
+            graph.gather(x, rows + i * spot.height, 0, output=name)
+    outputs: list[tuple[str, int, Sequence[int]]] = [(name, TensorProto.UINT8, whole) for name in maps]
     if "colors" in extras:
         palette = np.array([info.color for info in manifest.classes], np.uint8)
-        graph.add("Gather", graph.const(palette), graph.cast(mask, TensorProto.INT32), axis=0, output="colors")
+        graph.add("Gather", graph.const(palette), graph.cast("mask", TensorProto.INT32), axis=0, output="colors")
         outputs.append(("colors", TensorProto.UINT8, (*whole, 3)))
     logits = (1, classes, contract.height, contract.width)
     return _model(graph, "back", [("logits", TensorProto.FLOAT, logits)], outputs)

@@ -479,7 +479,7 @@ class Predictor:
         try:
             self._prove(built=False)
         except OutputError as error:
-            self.fault = self.fault or FaultError(error.place, error.found, error.expected, error.advice)
+            self.fault = self.fault or FaultError.of(error)
             raise
         self.fault = None
 

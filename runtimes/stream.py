@@ -195,7 +195,7 @@ class _Shared(Generic[_Made]):
             if isinstance(error, FaultError):  # another stream's, which the predictor has refused this one for
                 self.fault = self.fault or error
             elif isinstance(error, OutputError) and not self.fault:
-                self.fault = FaultError(error.place, error.found, error.expected, error.advice)
+                self.fault = FaultError.of(error)
                 self.fault.__cause__ = _without_frames(error)
                 self.latch(self.fault)
             self.error = self.error or error
@@ -233,7 +233,7 @@ class _Shared(Generic[_Made]):
                     self.fault = fault
                     self._halt()
                     # A new one each time: what is raised gathers the callers' frames.
-                    raise FaultError(fault.place, fault.found, fault.expected, fault.advice) from fault.__cause__
+                    raise FaultError.of(fault) from fault.__cause__
                 if self.closed:
                     raise StopIteration
                 if self.line and self.line[0].has_result:
