@@ -2,12 +2,14 @@
 
 Every runtime in a process of its own, all at the same time: masks without end, a while by `predict`, a while by a new
 `stream`, and so on; with `--cpp` the example program, too. Beside them memory, file descriptors and threads are read
-from /proc. No mask may ever be another than the first of its frame, memory may not grow.
+from /proc. No mask may ever be another than the first of its frame, memory may not grow: a stream's frames come and go,
+so it is read between two turns, when what is free has gone back to the system.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -34,13 +36,16 @@ from msa2net.errors import Msa2NetError
 from msa2net.runtimes import Predictor
 from msa2net.runtimes.backends import RUNTIMES, why_not, why_not_here
 from msa2net.runtimes.bundle import Bundle
+from msa2net.runtimes.stream import give_memory_back
 
 SEED = 7_000_000  # apart from all others
 FRAMES, OTHER_SHAPE = 4, (480, 640, 3)
-SAMPLE_SECONDS, BIN_SECONDS, TURN_SECONDS = 5.0, 30.0, 5.0
+SAMPLE_SECONDS, TURN_SECONDS = 5.0, 5.0
 MOST_SILENT_SECONDS = 120.0  # starting is the longest
 WARM_UP = 0.2  # of the time: caches fill, the allocator finds its size
 MOST_MB_PER_HOUR = 1.0
+# What each thread used is kept in an arena of its own else, more of it or less, whatever has been freed.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 
 def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
@@ -72,6 +77,7 @@ class Watched:
         self.name, self.process = name, process
         self.samples: list[dict[str, float]] = []
         self.windows: list[dict[str, float]] = []
+        self.rests: list[dict[str, float]] = []
         self.about: dict[str, Any] = {}
         self.heard = time.monotonic()
         self._reader = threading.Thread(target=self._read, args=(said,), daemon=True)
@@ -84,32 +90,23 @@ class Watched:
             if "about" in found:
                 self.about = found["about"]
             else:
-                self.windows.append(found)
+                (self.rests if "RssAnon" in found else self.windows).append(found)
 
     def sample(self, hours: float) -> None:
         """Raises Msa2NetError if it has ended."""
-        root = Path(f"/proc/{self.process.pid}")
         if self.process.poll() is not None:
             raise Msa2NetError(self.name, f"ended with exit code {self.process.returncode}", "expected it to go on")
         if time.monotonic() - self.heard > MOST_SILENT_SECONDS:
             raise Msa2NetError(self.name, f"has said nothing for {MOST_SILENT_SECONDS:g} s", "expected masks")
-        status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
-        megabytes = {key: int(status[key].split()[0]) * 1024 / 1e6 for key in ("RssAnon", "VmRSS")}
-        files = len(os.listdir(root / "fd"))
-        self.samples.append({"hours": hours, **megabytes, "files": files, "threads": int(status["Threads"])})
+        self.samples.append({"hours": hours, **_status(self.process.pid)})
 
     def summary(self, hours: float) -> dict[str, Any]:
         self._reader.join(30)
-        after = [each for each in self.samples if each["hours"] >= WARM_UP * hours]
-        bins: dict[int, list[dict[str, float]]] = {}
-        for each in after:
-            bins.setdefault(int(each["hours"] * 3600 / BIN_SECONDS), []).append(each)
-        means = [
-            (statistics.mean(each["hours"] for each in some), statistics.median(each["RssAnon"] for each in some))
-            for some in bins.values()
-        ]
-        low, rate, high = slope(*zip(*means, strict=True)) if means else (-math.inf, math.nan, math.inf)
-        warm = [each for each in self.windows if each["hours"] >= WARM_UP * hours]
+        warm, after, rests = (
+            [each for each in some if each["hours"] >= WARM_UP * hours]
+            for some in (self.windows, self.samples, self.rests or self.samples)
+        )
+        low, rate, high = slope([each["hours"] for each in rests], [each["RssAnon"] for each in rests])
         third = max(1, len(warm) // 3)
         first, last = (statistics.median(each["median"] for each in some) for some in (warm[:third], warm[-third:]))
         changed, masks = (int(sum(each[key] for each in self.windows)) for key in ("changed", "masks"))
@@ -125,17 +122,25 @@ class Watched:
             "changed": changed,
             "megabytes_per_hour": bounds,
             "resident_megabytes": [self.samples[0]["VmRSS"], self.samples[-1]["VmRSS"]],
-            "anonymous_megabytes": [self.samples[0]["RssAnon"], self.samples[-1]["RssAnon"]],
             **most,
             "median_milliseconds": [first, last],
             "passed": changed == 0 and high <= MOST_MB_PER_HOUR and flat,
             "samples": self.samples,
             "windows": self.windows,
+            "rests": self.rests,
         }
 
 
+def _status(process: int | str) -> dict[str, float]:
+    """Megabytes, anonymous ones and all that are resident, file descriptors and threads of a process."""
+    root = Path(f"/proc/{process}")
+    status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+    megabytes = {key: int(status[key].split()[0]) * 1024 / 1e6 for key in ("RssAnon", "VmRSS")}
+    return {**megabytes, "files": len(os.listdir(root / "fd")), "threads": int(status["Threads"])}
+
+
 class _Windows:
-    """What a process says of itself every `SAMPLE_SECONDS`."""
+    """What a process says of itself: of its masks every `SAMPLE_SECONDS`, of its memory when it rests."""
 
     def __init__(self, out: IO[str]) -> None:
         self._out, self._start = out, time.monotonic()
@@ -152,16 +157,23 @@ class _Windows:
         if time.monotonic() >= self._next or not right:
             self.say()
 
+    def rest(self) -> None:
+        gc.collect()
+        give_memory_back()
+        self._print(_status("self"))
+
+    def _print(self, found: dict[str, float]) -> None:
+        print(json.dumps({"hours": (time.monotonic() - self._start) / 3600, **found}), file=self._out, flush=True)
+
     def say(self) -> None:
         """What has been since it was said last."""
         if self._times:
             window = {
-                "hours": (time.monotonic() - self._start) / 3600,
                 "masks": len(self._times),
                 "changed": self._changed,
                 "median": round(statistics.median(self._times), 3),
             }
-            print(json.dumps(window), file=self._out, flush=True)
+            self._print(window)
         self._begin()
 
 
@@ -174,7 +186,8 @@ def soak(path: Path, runtime: str, precision: str, threads: int, stop: threading
         print(json.dumps({"about": predictor.execution.to_json()}), file=out, flush=True)
         masks = [predictor.predict(image).mask for image in images]
         said = _Windows(out)
-        while not stop.is_set():
+
+        def turn() -> None:
             for i, image in enumerate(_turn(images, stop)):
                 found = predictor.predict(image)
                 said.mask(found.timings.total, np.array_equal(found.mask, masks[i % len(masks)]))
@@ -183,6 +196,10 @@ def soak(path: Path, runtime: str, precision: str, threads: int, stop: threading
                     segmentation = each.segmentation
                     right = np.array_equal(segmentation.mask, masks[each.index % len(masks)])
                     said.mask(segmentation.timings.total, right)
+
+        while not stop.is_set():
+            turn()
+            said.rest()
         said.say()
 
 
@@ -204,7 +221,9 @@ def soak_cpp(
     os.mkfifo(folder / "masks")
     shape = [str(each) for each in (rows, columns, channels)]
     command = [str(program), str(path), precision, *shape, "/dev/stdin", str(folder / "masks"), str(threads)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**ENVIRONMENT, **os.environ}
+    )
     stack.callback(process.kill)
     read, write = os.pipe()
     images = frames(graph.frame, FRAMES, SEED)
@@ -232,12 +251,12 @@ def soak_cpp(
 def measure(
     path: Path, runtimes: Sequence[str], precision: str, threads: int, hours: float, cpp: Path | None
 ) -> dict[str, Any]:
-    stop, watched = threading.Event(), list[Watched]()
+    stop, watched, environment = threading.Event(), list[Watched](), {**ENVIRONMENT, **os.environ}
     with ExitStack() as stack:
         for runtime in runtimes:
             command = [sys.executable, "-m", "msa2net.benchmarks.soak", "--child", "--bundle", str(path)]
             command += ["--runtimes", runtime, "--precision", precision, "--threads", str(threads)]
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
             stack.callback(process.kill)  # before its end is waited for
             assert process.stdout
             watched.append(Watched(f"{runtime} {precision}", process, process.stdout))
@@ -269,6 +288,7 @@ def measure(
         "benchmark": "soak",
         "machine": machine.describe(threads),
         "bundle_digest": Bundle(path).digest,
+        "environment": {name: environment[name] for name in ENVIRONMENT},
         "hours": hours,
         "rows": rows,
     }
