@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.latency --bundle $(DEMO).bundle --quick
 
 test: $(VENV)/installed check cpp-tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # What the C++ library is built with. Where they are not there and cannot be installed its tests are skipped, and say so.
 cpp-tools:

@@ -697,10 +697,10 @@ def test_mixed_precision_trains_as_float32_does(tmp_path: Path) -> None:
     losses: dict[bool, list[float]] = {}
     for mixed in (False, True):
         settings = train.Settings(
-            data="", variant="tiny", classes=("a", "b"), batch=4, mixed=mixed, augment="none", warmup=2, rate=1e-3
+            data="", variant="tiny", classes=("a", "b"), batch=2, mixed=mixed, augment="none", warmup=2, rate=1e-3
         )
-        training = train.Training(settings, 12, tmp_path)
-        losses[mixed] = [training.advance(*training.batch(held)) for _ in range(12)]
+        training = train.Training(settings, 10, tmp_path)
+        losses[mixed] = [training.advance(*training.batch(held)) for _ in range(10)]
     assert np.allclose(losses[True], losses[False], rtol=0.05)
     assert np.mean(losses[True][-3:]) < np.mean(losses[True][:3])
 
