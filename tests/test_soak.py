@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -48,6 +51,24 @@ def test_a_short_soak_counts_masks_and_does_not_pass(
     assert row["masks"] > 0
     assert row["changed"] == 0
     assert row["files"][0] > 0
+
+
+@pytest.mark.parametrize(("megabytes_per_hour", "passed"), [(0.0, True), (2.0, False)])
+def test_memory_is_judged_between_the_turns_and_not_within(megabytes_per_hour: float, passed: bool) -> None:
+    hours = [i / 360 for i in range(180)]
+    window = {"masks": 9, "changed": 0, "median": 20.0}
+    lines = [{"about": {}}, *({"hours": hour, **window} for hour in hours)]
+    lines += [{"hours": hour, "RssAnon": 400 + megabytes_per_hour * hour} for hour in hours]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    watched = soak.Watched("onnxruntime fp32", process, io.StringIO("\n".join(map(json.dumps, lines))))
+    watched.samples = [
+        {"hours": hour, "RssAnon": 400.0 + i % 30, "VmRSS": 500.0 + i % 30, "files": 6, "threads": 6}
+        for i, hour in enumerate(hours)
+    ]
+    row = watched.summary(0.5)
+    process.wait()
+    assert row["megabytes_per_hour"] == [pytest.approx(megabytes_per_hour, abs=1e-6)] * 3
+    assert row["passed"] is passed
 
 
 def test_a_camera_loses_what_nobody_fetches_and_keeps_its_times() -> None:
