@@ -5,6 +5,7 @@ hundred starts without growth. What could bring the process down runs in one of 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from msa2net.benchmarks import soak
 from msa2net.core.phantoms import frames
 from msa2net.errors import Msa2NetError
 from msa2net.runtimes import Predictor
@@ -28,7 +30,11 @@ FRAMES: list[NDArray[np.uint8]] = frames((120, 160, 3), 4, 88)
 def ran(script: str, *arguments: str, seconds: float = 240) -> dict[str, Any]:
     """What a script printed, as JSON, in a process of its own; it must end well and in time."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *arguments], capture_output=True, text=True, timeout=seconds
+        [sys.executable, "-W", "ignore", "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env={**soak.ENVIRONMENT, **os.environ},
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -136,6 +142,7 @@ STARTS = """
 import gc, json, os, sys, time
 import numpy as np
 from msa2net import Predictor
+from msa2net.runtimes.stream import give_memory_back
 runtime, count = sys.argv[1], int(sys.argv[2])
 frame = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
 seen = []
@@ -146,6 +153,7 @@ for number in range(count):
             assert len(list(stream)) == 2
     del predictor, stream
     gc.collect()
+    give_memory_back()
     time.sleep(0.05)  # the system still counts a thread that was joined a moment ago
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     memory = int(status["RssAnon"].split()[0]) / 1024
@@ -171,7 +179,8 @@ def test_starts_and_ends_leave_no_descriptor_and_no_thread(runtime: str) -> None
 def test_two_hundred_starts_do_not_grow(runtime: str) -> None:
     seen = starts(runtime, 200)
     early, late = np.median(seen[60:100, 0]), np.median(seen[160:, 0])
-    print(f"{runtime}: {early:.1f} MiB after 60 to 100 starts, {late:.1f} after 160 to 200")
-    assert late - early < 5, (early, late)  # a leaked model would be 4 a start; glibc's arenas grow by steps of 2
+    print(f"{runtime}: {early:.2f} MiB after 60 to 100 starts, {late:.2f} after 160 to 200")
+    # safetensors 0.8.0 keeps some integers of every tensor whose file it maps: 31 KB a load of the demo.
+    assert late - early < (4 if runtime == "pytorch" else 1), (early, late)
     assert len(set(seen[10:, 1])) == 1
     assert len(set(seen[10:, 2])) == 1
