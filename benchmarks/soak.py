@@ -98,7 +98,7 @@ class Watched:
             raise Msa2NetError(self.name, f"ended with exit code {self.process.returncode}", "expected it to go on")
         if time.monotonic() - self.heard > MOST_SILENT_SECONDS:
             raise Msa2NetError(self.name, f"has said nothing for {MOST_SILENT_SECONDS:g} s", "expected masks")
-        self.samples.append({"hours": hours, **_status(self.process.pid)})
+        self.samples.append({"hours": round(hours, 5), **_status(self.process.pid)})
 
     def summary(self, hours: float) -> dict[str, Any]:
         self._reader.join(30)
@@ -135,7 +135,7 @@ def _status(process: int | str) -> dict[str, float]:
     """Megabytes, anonymous ones and all that are resident, file descriptors and threads of a process."""
     root = Path(f"/proc/{process}")
     status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
-    megabytes = {key: int(status[key].split()[0]) * 1024 / 1e6 for key in ("RssAnon", "VmRSS")}
+    megabytes = {key: round(int(status[key].split()[0]) * 1024 / 1e6, 3) for key in ("RssAnon", "VmRSS")}
     return {**megabytes, "files": len(os.listdir(root / "fd")), "threads": int(status["Threads"])}
 
 
@@ -163,7 +163,8 @@ class _Windows:
         self._print(_status("self"))
 
     def _print(self, found: dict[str, float]) -> None:
-        print(json.dumps({"hours": (time.monotonic() - self._start) / 3600, **found}), file=self._out, flush=True)
+        hours = round((time.monotonic() - self._start) / 3600, 5)
+        print(json.dumps({"hours": hours, **found}), file=self._out, flush=True)
 
     def say(self) -> None:
         """What has been since it was said last."""

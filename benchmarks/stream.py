@@ -126,6 +126,8 @@ def measure(
 
         command = [sys.executable, "-m", "msa2net.benchmarks.stream", str(fps), str(seconds)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as beside:
+            assert beside.stdout
+            beside.stdout.readline()  # it has started, which takes a core for a second
             played = play(
                 predictor.stream(camera, in_flight=IN_FLIGHT, recheck_every=recheck_every),
                 camera,
@@ -162,4 +164,5 @@ def table(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    print("ready", flush=True)
     print(json.dumps(control(float(sys.argv[1]), float(sys.argv[2]))))
