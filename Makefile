@@ -24,7 +24,8 @@ demo: $(VENV)/installed
 	$(BIN)/python -m benchmarks.latency --bundle $(DEMO).bundle --quick
 
 test: $(VENV)/installed check cpp-tools
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not slow and not gpu and not alone'
+	$(BIN)/python -m pytest -m alone
 
 # What the C++ library is built with. Where they are not there and cannot be installed its tests are skipped, and say so.
 cpp-tools:

@@ -11,19 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Tests that run beside each other share the cores: a thread of a runtime that waits for another spins, and two runtimes
+# on one core would take several times as long. Before numpy is imported, which takes its number of threads from there.
+# What needs all cores is marked `alone`.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number::count] or cores)
+
 import pytest
 from bundles import set_manifest
 
 from msa2net.runtimes.backends import candidates
 from msa2net.runtimes.bundle import MANIFEST
 from msa2net.runtimes.predictor import DEMO_BUNDLE, Predictor
-
-# Tests that run beside each other share the cores: a thread of a runtime that waits for another spins, and two runtimes
-# on one core would take several times as long.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[number::count] or cores)
 
 # Read when triton is first imported: kernels run on the CPU, in its interpreter. On a GPU it is set to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")

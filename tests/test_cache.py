@@ -101,6 +101,7 @@ def test_an_entry_belongs_to_its_user_alone(folder: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in entry.iterdir()} == {0o600}
 
 
+@pytest.mark.alone
 def test_threads_are_part_of_what_openvino_compiles(folder: Path) -> None:
     for threads in (1, 2):
         with Predictor.load(DEMO_BUNDLE, runtime="openvino", threads=threads, cache=folder) as predictor:

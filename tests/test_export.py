@@ -232,6 +232,7 @@ def test_the_golden_outputs_are_the_references(exported: Path) -> None:
         assert np.array_equal(np.load(exported / entry.mask), result.mask)
 
 
+@pytest.mark.alone
 def test_an_export_by_another_process_elsewhere_gives_the_same_bytes(
     exported: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
