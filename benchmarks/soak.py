@@ -45,7 +45,7 @@ MOST_SILENT_SECONDS = 120.0  # starting is the longest
 WARM_UP = 0.2  # of the time: caches fill, the allocator finds its size
 MOST_MB_PER_HOUR = 1.0
 # What each thread used is kept in an arena of its own else, more of it or less, whatever has been freed.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 
 
 def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
@@ -222,9 +222,7 @@ def soak_cpp(
     os.mkfifo(folder / "masks")
     shape = [str(each) for each in (rows, columns, channels)]
     command = [str(program), str(path), precision, *shape, "/dev/stdin", str(folder / "masks"), str(threads)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**ENVIRONMENT, **os.environ}
-    )
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
     stack.callback(process.kill)
     read, write = os.pipe()
     images = frames(graph.frame, FRAMES, SEED)
@@ -252,12 +250,14 @@ def soak_cpp(
 def measure(
     path: Path, runtimes: Sequence[str], precision: str, threads: int, hours: float, cpp: Path | None
 ) -> dict[str, Any]:
-    stop, watched, environment = threading.Event(), list[Watched](), {**ENVIRONMENT, **os.environ}
+    stop, watched = threading.Event(), list[Watched]()
     with ExitStack() as stack:
         for runtime in runtimes:
             command = [sys.executable, "-m", "msa2net.benchmarks.soak", "--child", "--bundle", str(path)]
             command += ["--runtimes", runtime, "--precision", precision, "--threads", str(threads)]
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+            process = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
+            )
             stack.callback(process.kill)  # before its end is waited for
             assert process.stdout
             watched.append(Watched(f"{runtime} {precision}", process, process.stdout))
@@ -289,7 +289,7 @@ def measure(
         "benchmark": "soak",
         "machine": machine.describe(threads),
         "bundle_digest": Bundle(path).digest,
-        "environment": {name: environment[name] for name in ENVIRONMENT},
+        "environment": ENVIRONMENT,
         "hours": hours,
         "rows": rows,
     }

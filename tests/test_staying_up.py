@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,14 +28,16 @@ CPU_RUNTIMES = candidates("CPU")
 FRAMES: list[NDArray[np.uint8]] = frames((120, 160, 3), 4, 88)
 
 
-def ran(script: str, *arguments: str, seconds: float = 240) -> dict[str, Any]:
+def ran(
+    script: str, *arguments: str, seconds: float = 240, environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     """What a script printed, as JSON, in a process of its own; it must end well and in time."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script, *arguments],
         capture_output=True,
         text=True,
         timeout=seconds,
-        env={**soak.ENVIRONMENT, **os.environ},
+        env=environment,
     )
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -164,7 +167,8 @@ print(json.dumps({"seen": seen}))
 
 def starts(runtime: str, count: int) -> NDArray[np.float64]:
     """(count, 3): anonymous memory in MiB, file descriptors and threads after each start and end."""
-    return np.array(ran(STARTS, runtime, str(count), seconds=1500)["seen"], np.float64)
+    found = ran(STARTS, runtime, str(count), seconds=1500, environment=os.environ | soak.ENVIRONMENT)
+    return np.array(found["seen"], np.float64)
 
 
 @pytest.mark.parametrize("runtime", CPU_RUNTIMES)
