@@ -319,8 +319,12 @@ def selftest(arguments: argparse.Namespace) -> int:
     )
     if arguments.report:
         files.write_json(arguments.report, report)
-    execution, device, golden = report["execution"], report["device"], report["golden"]
     print(f"{'bundle':<12} {report['bundle']['digest']}, {report['bundle']['files']} files match their sums")
+    verdict = "PASS" if report["passed"] else f"FAIL: {'; '.join(report['reasons'])}"
+    if "golden" not in report:  # it cannot even run
+        print(verdict)
+        return 1
+    execution, device, golden = report["execution"], report["device"], report["golden"]
     print(f"{'model':<12} {report['bundle']['model']} {report['bundle']['model_version']}, {execution['signature']}")
     print(f"{'artifact':<12} {report['artifact']['name']}, accuracy {report['artifact']['accuracy']}")
     print(f"{'device':<12} {device['processor']}, {device['architecture']}, {execution['threads']} threads")
@@ -338,7 +342,7 @@ def selftest(arguments: argparse.Namespace) -> int:
     if (at_export := report["inference_at_export"])["ratio"]:
         before = f"{at_export['milliseconds']:.2f} ms on {at_export['machine']}"
         print(f"{'at export':<12} {before}: {at_export['ratio']} times it")
-    print("PASS" if report["passed"] else f"FAIL: {'; '.join(report['reasons'])}")
+    print(verdict)
     return 0 if report["passed"] else 1
 
 

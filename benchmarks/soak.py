@@ -51,7 +51,8 @@ ENVIRONMENT = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
     """Least squares per hour, with its 95 % confidence bounds: (low, slope, high). Infinite bounds below 10 points.
 
-    Memory mostly is what it was a moment before: the bounds are as wide as the correlation of neighbours asks.
+    Memory mostly is what it was a moment before: the bounds are as wide as the correlation of neighbours asks, and where
+    hardly anything else is to be seen, as those of a random walk.
     """
     t, y = np.asarray(hours), np.asarray(values)
     if len(t) < 10:
@@ -61,12 +62,16 @@ def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float
     rest = y - y.mean() - rate * (t - t.mean())
     squares, freedom = float((rest**2).sum()), len(t) - 2
     alike = float((rest[1:] * rest[:-1]).sum()) / squares if squares else 0.0
+    walks = alike > 1 - 28 / len(t)  # as 19 of 20 random walks do once their trend is taken out
     alike = min(0.95, max(0.0, alike + (1 + 4 * alike) / len(t)))  # what few points show is less than there is
     worth = (1 - alike) / (1 + alike)  # of a point, beside one that is alike to no other
     left = max(2.0, freedom * worth)
     z = 1.959964
     student = z + (z**3 + z) / (4 * left) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * left**2)
     error = student * math.sqrt(squares / freedom / spread / worth)
+    if walks:
+        step = float(np.std(np.diff(y), ddof=1))
+        error = max(error, z * step * math.sqrt(1.2 * (len(t) - 1)) / float(t[-1] - t[0]))
     return rate - error, rate, rate + error
 
 

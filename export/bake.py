@@ -54,8 +54,10 @@ class FrameSize:
         """ "1920x1080" is W x H, in colour; "1920x1080:grey" in grey. Raises ExportError."""
         found = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})(:grey)?", text)
         size = cls(int(found[2]), int(found[1]), not found[3]) if found else None
-        if size is None or min(size.rows, size.columns) < 1 or max(size.rows, size.columns) > MAX_SIDE:
+        if size is None:
             raise ExportError("--bake", f"got {text!r}", "expected WIDTHxHEIGHT, or WIDTHxHEIGHT:grey", "As 1920x1080.")
+        if min(size.rows, size.columns) < 1 or max(size.rows, size.columns) > MAX_SIDE:
+            raise ExportError("--bake", f"got {text!r}", f"expected sides of 1 to {MAX_SIDE}", "Give the camera's size.")
         if size.rows * size.columns > MAX_PIXELS:
             raise ExportError("--bake", f"got {text!r}", f"expected at most {MAX_PIXELS} pixels", "Downscale before.")
         return size
@@ -265,16 +267,26 @@ def write(
 
 
 def agreement(
-    folder: Path, manifest: Manifest, artifact: Artifact, files: Sequence[str], size: FrameSize, frames: int = 4
+    folder: Path,
+    manifest: Manifest,
+    artifact: Artifact,
+    files: Sequence[str],
+    size: FrameSize,
+    extras: Sequence[str],
+    frames: int = 4,
 ) -> float:
-    """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`."""
+    """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`, and what
+    else it gives is what its own logits ask for.
+    """
     network = _opened(folder, manifest, artifact, [file.path for file in artifact.files])
     whole = _opened(folder, manifest, artifact, files)
     equal = []
     for case in parity.shaped_cases(size.shape, frames):
         (raw,) = network(preprocess.to_tensor(case.frame, manifest.input))
         _, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
-        equal.append(measure.pixel_agreement(mask, whole(case.frame)[1]))
+        made = dict(zip(("logits", "mask", *extras), whole(case.frame), strict=True))
+        logits, found, placement = postprocess.check_baked(made, manifest, size.rows, size.columns)
+        equal.append(float(((mask == found) & postprocess.rightly_made(made, logits, placement, manifest)).mean()))
     return sum(equal) / frames
 
 

@@ -440,10 +440,10 @@ def _bake(
             bar.set_postfix_str(f"{artifact.name}, {size}")
             files = baking.write(folder, manifest, artifact, size, extras)
             least = LEAST_EQUAL_BAKED["fp32" if artifact.precision == "fp32" else "lower"]
-            if (found := baking.agreement(folder, manifest, artifact, files, size)) < least:
+            if (found := baking.agreement(folder, manifest, artifact, files, size, extras)) < least:
                 raise ExportError(
                     f"{artifact.name}, baked for {size}",
-                    f"{found:.4%} of the pixels are equal to those without it",
+                    f"{found:.4%} of the pixels of phantoms are equal to those without it",
                     f"expected {least:.2%}",
                     "Leave --bake out, and report it.",
                 )

@@ -7,17 +7,18 @@ recorded at export, and what the device is. The report names no path and no host
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from msa2net.errors import BundleError
+from msa2net.errors import BundleError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes.backends import RUNTIMES
 from msa2net.runtimes.bundle import Bundle
 from msa2net.runtimes.cache import cpu_features, processor_name
@@ -38,36 +39,32 @@ def accept(
     limit    milliseconds that 99 of 100 frames, all included, may take at most (all of them, if there are fewer than
              500 rounds); None: no limit
 
+    A device on which the runtime fails, or int8 refuses to start for its masks, has not passed either: its report has
+    `format`, `date`, `passed`, `reasons`, `bundle` and `device` alone.
+
     Raises BundleError, SignatureError and RuntimeUnavailableError where nothing can be tested.
     """
+    if limit is not None and not 0 < limit < math.inf:
+        raise RuntimeUnavailableError("limit", f"got {limit}", "expected milliseconds above 0", "Leave it out.")
     opened = Bundle(bundle)
     files, start = opened.verify(), time.monotonic()
-    with load() as predictor:
-        if predictor.bundle.digest != opened.digest:
-            raise BundleError(bundle, "was replaced while it was tested", "expected one bundle", "Test it again.")
-        loaded = time.monotonic() - start
-        golden = predictor.self_test()
-        times = _times(predictor, rounds)
-        manifest, artifact, execution = predictor.bundle.manifest, predictor.artifact, predictor.execution
+    try:
+        with load() as predictor:
+            if predictor.bundle.digest != opened.digest:
+                raise BundleError(bundle, "was replaced while it was tested", "expected one bundle", "Test it again.")
+            loaded = time.monotonic() - start
+            golden = predictor.self_test()
+            times = _times(predictor, rounds)
+            artifact, execution = predictor.artifact, predictor.execution
+    except OutputError as error:
+        return _head(opened, files, [str(error)]) | {"device": _device(())}
     reasons = [] if golden.passed else [str(golden)]
     slowest = max(entry["p99"] or entry["longest"] for entry in times)
     if limit is not None and slowest > limit:
         reasons.append(f"frames take up to {slowest:.2f} ms (p99, or the longest of few), the limit is {limit:g}")
     recorded = artifact.speed.milliseconds[0] if artifact.speed else None
     inference = min(entry["inference"] for entry in times)
-    return {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "passed": not reasons,
-        "reasons": reasons,
-        "bundle": {
-            "digest": predictor.bundle.digest,
-            "files": files,
-            "model": manifest.model_name,
-            "model_version": manifest.model_version,
-            "schema_version": "{}.{}".format(*manifest.schema_version),
-            "signature": execution.signature,
-        },
+    return _head(opened, files, reasons) | {
         "artifact": {
             "name": artifact.name,
             "accuracy": artifact.accuracy,
@@ -82,7 +79,24 @@ def accept(
             "ratio": round(inference / recorded, 3) if recorded else None,
         },
         "execution": execution.to_json(),
-        "device": _device(execution.runtime),
+        "device": _device(RUNTIMES[execution.runtime].modules),
+    }
+
+
+def _head(bundle: Bundle, files: int, reasons: list[str]) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "format": FORMAT,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "passed": not reasons,
+        "reasons": reasons,
+        "bundle": {
+            "digest": bundle.digest,
+            "files": files,
+            "model": manifest.model_name,
+            "model_version": manifest.model_version,
+            "schema_version": "{}.{}".format(*manifest.schema_version),
+        },
     }
 
 
@@ -110,9 +124,8 @@ def _times(predictor: Predictor, rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _device(runtime: str) -> dict[str, Any]:
-    entry = RUNTIMES[runtime]
-    names = ("msa2net-edge", "numpy", "pillow", *(module.replace(".", "-") for module in entry.modules))
+def _device(modules: Sequence[str]) -> dict[str, Any]:
+    names = ("msa2net-edge", "numpy", "pillow", *(module.replace(".", "-") for module in modules))
     return {
         "processor": processor_name(),
         "architecture": platform.machine(),

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,9 +155,9 @@ def segmentation(
         return written(stack if frames > 1 else stack[0])
     # highdicom writes several frames only of a source that lies somewhere in space, which a clip does not: each is
     # written as if it were an image of its own.
-    kind = header.SOPClassUID
+    kind, orientation = header.SOPClassUID, header.get("PatientOrientation") or ""
     _replace(header, SOPClassUID=SecondaryCaptureImageStorage, FrameOfReferenceUID=None, NumberOfFrames=None)
-    return _clip((written(mask) for mask in checked), frames, kind, header.SOPInstanceUID)
+    return _clip((written(mask) for mask in checked), frames, kind, header.SOPInstanceUID, orientation)
 
 
 def require_codes(
@@ -201,13 +201,28 @@ def _header(source: Dataset) -> tuple[Dataset, int]:
     for name in _MAY_BE_EMPTY:
         if name not in found:
             setattr(found, name, "")
-    sets = found.get("SpecificCharacterSet")
-    if sets and not isinstance(sets, str):  # highdicom wants the first one by its name, where the standard has it empty
-        _replace(found, SpecificCharacterSet=[each or "ISO 2022 IR 6" for each in sets])
+    _simplify_characters(found)
     try:
         return found, int(found.get("NumberOfFrames") or 1)
     except (TypeError, ValueError):
         raise FrameError("source", "NumberOfFrames is no number", "expected one", "Give a whole image.") from None
+
+
+def _simplify_characters(dataset: Dataset) -> None:
+    """Texts in Unicode where highdicom does not know the character sets that they came in."""
+    from highdicom import SpecificCharacterSetValues
+
+    sets = dataset.get("SpecificCharacterSet")
+    named = [sets] if isinstance(sets, str) else [each or "ISO 2022 IR 6" for each in sets or ()]
+    extended = {each for each in named if each.startswith("ISO 2022 ")}
+    known = {each.value for each in SpecificCharacterSetValues}
+    if set(named) <= {"", "ISO_IR 6", "ISO 2022 IR 6"}:
+        _replace(dataset, SpecificCharacterSet=None)
+    elif set(named) <= known and len(extended) == (0 if len(named) == 1 else len(named)):
+        _replace(dataset, SpecificCharacterSet=named)
+    else:
+        dataset.decode()  # else each text is written in the set that it was read in
+        _replace(dataset, SpecificCharacterSet="ISO_IR 192")
 
 
 def _replace(dataset: Dataset, **values: object) -> None:
@@ -235,10 +250,11 @@ def _checked(
         raise FrameError("masks", f"got {count}", f"expected {frames}", "Give one of each frame.")
 
 
-def _clip(objects: Iterator[Dataset], frames: int, kind: str, instance: str) -> Dataset:
+def _clip(objects: Iterator[Dataset], frames: int, kind: str, instance: str, orientation: Any) -> Dataset:
     """The Segmentations of a clip's frames, each made as of an image, in one, by their place in time.
 
     kind, instance   SOP class and instance of the clip
+    orientation      its PatientOrientation; empty if that is unknown
     """
     from pydicom.dataset import Dataset
     from pydicom.tag import Tag
@@ -267,7 +283,7 @@ def _clip(objects: Iterator[Dataset], frames: int, kind: str, instance: str) -> 
     dimension.DimensionOrganizationUID = whole.DimensionIndexSequence[0].DimensionOrganizationUID
     dimension.DimensionDescriptionLabel = "Frame of the clip"
     whole.DimensionIndexSequence.append(dimension)
-    whole.PatientOrientation = ""  # unknown
+    whole.PatientOrientation = orientation
     whole.PerFrameFunctionalGroupsSequence = groups
     whole.NumberOfFrames = len(groups)
     whole.PixelData = bytes(packed) + b"\0" * (len(packed) % 2)

@@ -132,6 +132,23 @@ def check_baked(
     return logits, outputs["mask"], place(contract, rows, columns)
 
 
+def rightly_made(
+    outputs: Mapping[str, NDArray[Any]], logits: NDArray[np.float32], placement: Placement, manifest: Manifest
+) -> NDArray[np.bool_]:
+    """(H, W) bool: where the confidence (within 1) and the colours of a baked graph, if it gives them, are what its
+    logits (K, h, w) and its mask ask for.
+    """
+    mask = outputs["mask"]
+    right = np.ones(mask.shape, np.bool_)
+    if "confidence" in outputs:
+        expected = to_confidence(logits, placement, (mask.shape[0], mask.shape[1]), manifest.enlarge)
+        right &= np.abs(outputs["confidence"].astype(np.int16) - expected) <= 1
+    if "colors" in outputs:
+        palette = np.array([info.color for info in manifest.classes], np.uint8)
+        right &= (outputs["colors"] == palette[mask]).all(-1)
+    return right
+
+
 def to_probabilities(
     logits: NDArray[np.float32], placement: Placement, size: tuple[int, int], enlarge: str
 ) -> NDArray[np.float32]:

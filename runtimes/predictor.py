@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from time import perf_counter_ns
 from typing import Any, Literal, cast
 
@@ -137,6 +137,10 @@ class Segmentation:
         whole[top : top + rows, left : left + columns] = self.mask
         return whole
 
+    def _rightly_made(self, manifest: Manifest) -> NDArray[np.bool_]:
+        made = self._made | {"mask": self.mask}
+        return postprocess.rightly_made(made, self.logits, self._placement, manifest)
+
     @property
     def probabilities(self) -> NDArray[np.float32]:
         """(K, H, W) float32, computed at each access; their argmax over K is the mask."""
@@ -238,10 +242,7 @@ class SelfTest:
 
 
 class Predictor:
-    """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork.
-
-    fault   what went wrong in a stream, until `reset`; else None
-    """
+    """A loaded model. Make one with `Predictor.load`; it may be called from several threads, but not after a fork."""
 
     def __init__(
         self, bundle: Bundle, artifact: Artifact, network: _Graph | None, baked: dict[tuple[int, ...], _Graph]
@@ -251,9 +252,12 @@ class Predictor:
         self.execution = (network or next(iter(baked.values()))).execution
         self._process = os.getpid()
         self._closed = self._freed = False
-        self.fault: FaultError | None = None
+        self._latched: FaultError | None = None
+        self._last_fault: FaultError | None = None
+        self._faults = 0  # so far, whatever was reset; as all here, changed with `_idle` held
         self._idle = Condition()
         self._users = 0  # frames in the runtime
+        self._turn = Lock()  # of its streams, whose frames take the runtime one after the other
 
     @classmethod
     def load(
@@ -408,7 +412,8 @@ class Predictor:
             start = perf_counter_ns()
             if not isinstance(frame, np.ndarray):
                 frame, bits = images.single(frame, bits)
-            pixels = preprocess.check_frame(frame if region is None else preprocess.cut(frame, region), bits)
+            part, region = (frame, None) if region is None else preprocess.cut(frame, region)
+            pixels = preprocess.check_frame(part, bits)
             segmentation = self._segment(self._graph_for(pixels), pixels, bits, start, turn)
             if region is not None:
                 segmentation.region, segmentation._frame_size = region, (frame.shape[0], frame.shape[1])
@@ -428,9 +433,9 @@ class Predictor:
     ) -> stream.Stream[Segmentation]:
         """Video: segments what `frames` gives while it gives the next, and hands the results over in its order.
 
-        frames      arrays as `predict` takes them, which the source does not change afterwards; or pairs of one and the
-                    time of its capture, in nanoseconds of `time.monotonic_ns`, which is that of a camera's driver on
-                    Linux (CLOCK_MONOTONIC); without it a frame is captured when the source gives it
+        frames      arrays as `predict` takes them, which are copied; or pairs of one and the time of its capture, an
+                    int in nanoseconds of `time.monotonic_ns`, which is that of a camera's driver on Linux
+                    (CLOCK_MONOTONIC); without it a frame is captured when the source gives it
         in_flight   how many frames are worked on at a time or wait for the caller; the runtime does one after the other
         late        "drop": a frame that has not been begun gives way to a newer one, and one that is older than the
                     deadline is not begun; "wait": the source is not asked for a frame before there is room
@@ -439,12 +444,15 @@ class Predictor:
         recheck_every  a golden frame is run after so many frames, each in its turn
         bits, region   as of `predict`
 
-        A frame over the timeout, an output that is not finite, a runtime that fails or a golden frame that is off is a
-        fault: the stream gives no mask any more, and the predictor refuses everything with FaultError until `reset`.
+        A frame over the timeout, an output that is not finite, a runtime that fails, memory that is short or a golden
+        frame that is off is a fault: neither this stream nor another of the predictor gives a mask any more, and the
+        predictor refuses everything with FaultError until `reset`, what it was doing included.
 
         Raises RuntimeUnavailableError for an argument out of range; what iterating raises is said at `stream.Stream`.
         """
+        faults = self._faults
         self._check_usable()
+        region = tuple(region) if isinstance(region, list) else region  # the caller's list may change
         cases = itertools.cycle(self._golden_cases() if recheck_every else [])
 
         def recheck(turn: AbstractContextManager[None]) -> None:
@@ -453,15 +461,13 @@ class Predictor:
             if not verdict.passed:
                 raise OutputError("golden frame", str(verdict), "expected a pass between two frames", _OFF)
 
-        def latch(fault: FaultError) -> None:
-            self.fault = self.fault or fault
-
         return stream.start(
             lambda frame, turn: self._predict(frame, bits, region, turn),
             recheck,
             frames,
-            latch=latch,
-            fault_elsewhere=lambda: self.fault,
+            latch=self._latch,
+            fault_elsewhere=lambda: self._fault_since(faults),
+            lock=self._turn,
             in_flight=in_flight,
             late=late,
             deadline_ms=deadline_ms,
@@ -472,16 +478,36 @@ class Predictor:
     def reset(self) -> None:
         """After a fault: runs the golden frames, and if they pass predicts again.
 
-        Raises OutputError, and is latched from then on, if they do not; RuntimeUnavailableError while a frame is in the
-        runtime, as one that ran into the timeout or those of a stream that goes on; BundleError as `self_test` does.
+        Raises OutputError, and is latched from then on, if they do not; FaultError if another fault came up meanwhile;
+        RuntimeUnavailableError while a frame is in the runtime, as one that ran into the timeout or those of a stream
+        that goes on; BundleError as `self_test` does.
         """
         self._wait_until_idle("Close its streams, or end the process.")
+        faults = self._faults
         try:
             self._prove(built=False)
         except OutputError as error:
-            self.fault = self.fault or FaultError.of(error)
+            self._latch(FaultError.of(error))
             raise
-        self.fault = None
+        with self._idle:
+            if self._faults == faults:
+                self._latched = None
+        self._check_usable()
+
+    @property
+    def fault(self) -> FaultError | None:
+        """What went wrong in a stream, until `reset`; else None."""
+        return self._latched
+
+    def _latch(self, fault: FaultError) -> None:
+        with self._idle:
+            self._latched, self._last_fault = self._latched or fault, fault
+            self._faults += 1
+
+    def _fault_since(self, faults: int) -> FaultError | None:
+        """The last fault, if there are more by now: what was made before it is not to be trusted, reset or not."""
+        with self._idle:
+            return self._last_fault if self._faults != faults else None
 
     def _segment(
         self,
@@ -568,8 +594,11 @@ class Predictor:
         with self._idle:
             self._check_usable(faulty)
             self._users += 1
+            faults = self._faults
         try:
             yield
+            if not faulty and (fault := self._fault_since(faults)):
+                raise self._refused(fault)
         except MemoryError as error:
             found = f"is not enough ({error})"
             raise OutputError("memory", found, "", "Free some, or give smaller frames.") from error
@@ -595,9 +624,15 @@ class Predictor:
         self._check_process()
         if self._closed:
             raise RuntimeUnavailableError("predictor", "is closed", "expected an open one", "Load it again.")
-        if self.fault and not faulty:
-            found, expected = f"is latched after a fault ({self.fault})", "expected one that was proven since"
-            raise FaultError("predictor", found, expected, "Call reset().") from self.fault
+        if (fault := self._latched) and not faulty:
+            raise self._refused(fault)
+
+    @staticmethod
+    def _refused(fault: FaultError) -> FaultError:
+        found, expected = f"is latched after a fault ({fault})", "expected one that was proven since"
+        error = FaultError("predictor", found, expected, "Call reset().")
+        error.__cause__ = fault
+        return error
 
     def _infer(self, graph: _Graph, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         with self._explained():
@@ -653,7 +688,8 @@ class Predictor:
         for case in cases:
             runs = [self._segment(case.graph, case.pixels, None, perf_counter_ns(), turn) for _ in range(times)]
             difference = max(difference, float(np.abs(runs[0].logits - case.logits).max()))
-            agreement = min(agreement, measure.pixel_agreement(runs[0].mask, case.mask))
+            equal = (runs[0].mask == case.mask) & runs[0]._rightly_made(self.bundle.manifest)
+            agreement = min(agreement, float(equal.mean()))
             repeats = repeats and all(np.array_equal(runs[0].logits, again.logits) for again in runs[1:])
         frames, tolerance = len({id(case.pixels) for case in cases}), self.artifact.tolerance
         return SelfTest(frames, difference, tolerance.logit, agreement, tolerance.pixels, repeats)

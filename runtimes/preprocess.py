@@ -71,13 +71,13 @@ def check_frame(frame: Any, bits: int | None = None) -> NDArray[Any]:
     return frame
 
 
-def cut(frame: NDArray[Any], region: tuple[int, int, int, int]) -> NDArray[Any]:
-    """The region (top, left, rows, columns) of a frame. Raises FrameError unless it lies within it."""
+def cut(frame: NDArray[Any], region: tuple[int, ...]) -> tuple[NDArray[Any], tuple[int, int, int, int]]:
+    """The region (top, left, rows, columns) of a frame, and its four as ints. Raises FrameError unless it is within."""
     whole = isinstance(region, tuple | list) and all(isinstance(value, int | np.integer) for value in region)
     if whole and len(region) == 4 and frame.ndim in (2, 3):
         top, left, rows, columns = map(int, region)
         if 0 <= top < top + rows <= frame.shape[0] and 0 <= left < left + columns <= frame.shape[1]:
-            return frame[top : top + rows, left : left + columns]
+            return frame[top : top + rows, left : left + columns], (top, left, rows, columns)
     raise FrameError(
         "region",
         f"got {region} of a frame {frame.shape}",

@@ -20,6 +20,8 @@ from time import monotonic_ns
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
 from msa2net.errors import FaultError, FrameError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes.measure import percentile
 
@@ -28,7 +30,7 @@ _Made = TypeVar("_Made")
 AGES = 10_000  # the last masks whose ages the report is about
 _SOURCE_SECONDS = 1.0  # how long `close` waits for a source that is in the middle of a frame
 _LOOK_SECONDS = 0.5  # how often a thread that waits looks whether the stream was thrown away, or the runtime hangs
-_OLDEST, _NEWEST = 60_000_000_000, -1_000_000_000  # nanoseconds of age: beyond, a time of capture is of another clock
+_OLDEST, _NEWEST = 60_000_000_000, -1_000_000  # nanoseconds of age: beyond, a time of capture is of another clock
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class _Job(Generic[_Made]):
 class _Turn:
     """The runtime, which one frame has at a time; `since` is when it got it. The time in it is what is limited."""
 
-    def __init__(self, late: Callable[[int], object]) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, lock: threading.Lock, late: Callable[[int], object]) -> None:
+        self._lock = lock
         self._late = weakref.WeakMethod(late)  # whose owner has this: the golden frames go with it, not with a cycle
         self.since: int | None = None
 
@@ -109,6 +111,7 @@ class _Shared(Generic[_Made]):
         recheck: Callable[[AbstractContextManager[None]], object],
         latch: Callable[[FaultError], object],
         fault_elsewhere: Callable[[], FaultError | None],
+        lock: threading.Lock,
         in_flight: int,
         late: Late,
         deadline: float | None,
@@ -119,10 +122,12 @@ class _Shared(Generic[_Made]):
         self.in_flight, self.drop, self.recheck_every = in_flight, late == "drop", recheck_every
         self.deadline, self.timeout = deadline, timeout  # nanoseconds
         self.process = os.getpid()
-        self.turn = _Turn(self._check_taken)
+        self.turn = _Turn(lock, self._check_taken)
         self.changed = threading.Condition()
         self.newest: _Job[_Made] | None = None  # captured, and not begun
         self.line: deque[_Job[_Made]] = deque()  # begun, in the source's order
+        self.proving = 0  # golden frames that are due: the end waits for what they say
+        self.working = in_flight  # threads that may use the runtime
         self.ended = False  # the source has no more frames
         self.halted = False  # no more frames are begun
         self.closed = False
@@ -175,8 +180,22 @@ class _Shared(Generic[_Made]):
             job.made, job.refused, job.finished, job.frame = made, refused, True, None
             self.refused += refused is not None
             self.worked += 1
+            due = self.recheck_every is not None and self.worked % self.recheck_every == 0 and not self.halted
+            self.proving += due
             self.changed.notify_all()
-            return self.recheck_every is not None and self.worked % self.recheck_every == 0 and not self.halted
+            return due
+
+    def proven(self) -> None:
+        with self.changed:
+            self.proving, self.rechecks = self.proving - 1, self.rechecks + 1
+            self.changed.notify_all()
+
+    def rest(self) -> None:
+        """A thread that will not use the runtime any more; after the last one, nothing is left to wait for."""
+        with self.changed:
+            self.working -= 1
+            if not self.working:
+                _running.pop(self, None)
 
     def end(self, error: BaseException | None) -> None:
         """The source has no more frames, or has failed; those that were captured are still worked on."""
@@ -241,7 +260,7 @@ class _Shared(Generic[_Made]):
                     self.changed.notify_all()
                     return self._handed_over(job)
                 stopped = self.halted and (not self.line or self.line[0].finished)
-                if stopped or (self.ended and not self.line and self.newest is None):
+                if stopped or (self.ended and not self.line and self.newest is None and not self.proving):
                     self.closed = True
                     self._halt()
                     raise self.error or StopIteration
@@ -276,11 +295,13 @@ class _Threads:
         self.shared = shared
         self.workers = [threading.Thread(target=_work, args=(shared,), daemon=True) for _ in range(shared.in_flight)]
         self.source = threading.Thread(target=_capture, args=(shared, frames), daemon=True)
+        _running[shared] = self
         try:
             for thread in (*self.workers, self.source):
                 thread.start()
         except RuntimeError as error:  # there is no memory for its stack
             shared.close()
+            _running.pop(shared, None)
             found = f"cannot start a thread ({error})"
             raise RuntimeUnavailableError("stream", found, "", "Free memory, or allow more threads.") from error
 
@@ -300,7 +321,7 @@ class _Threads:
         shared.check_time()
         if self.source is not threading.current_thread():
             self.source.join(_SOURCE_SECONDS)
-        _running.discard(self)
+        _running.pop(shared, None)
         give_memory_back()
 
 
@@ -311,13 +332,13 @@ def give_memory_back() -> None:
         trim(0)
 
 
-_running: set[_Threads] = set()
+_running: dict[_Shared[Any], _Threads] = {}
 
 
 @atexit.register
 def _end_all() -> None:
     """A thread that is stopped inside a runtime at the end of the process would abort it."""
-    for threads in list(_running):
+    for threads in list(_running.values()):
         threads.end()
 
 
@@ -332,9 +353,8 @@ class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
     def __init__(self, shared: _Shared[_Made], frames: Iterable[Any]) -> None:
         self._shared = shared
         self._threads = _Threads(shared, frames)
-        _running.add(self._threads)
         # The threads hold `shared` and not the stream: one that is thrown away unclosed stops them.
-        weakref.finalize(self, _abandon, shared, self._threads).atexit = False
+        weakref.finalize(self, _abandon, shared).atexit = False
 
     def __next__(self) -> Streamed[_Made]:
         self._require_own_process()
@@ -371,10 +391,9 @@ class Stream(Iterator[Streamed[_Made]], Generic[_Made]):
         self.close()
 
 
-def _abandon(shared: _Shared[Any], threads: _Threads) -> None:
+def _abandon(shared: _Shared[Any]) -> None:
     """No lock is taken: the collector may run in the middle of anything."""
     shared.abandoned = True
-    _running.discard(threads)
 
 
 def start(
@@ -384,6 +403,7 @@ def start(
     *,
     latch: Callable[[FaultError], object],
     fault_elsewhere: Callable[[], FaultError | None],
+    lock: threading.Lock,
     in_flight: int,
     late: Late,
     deadline_ms: float | None,
@@ -395,7 +415,8 @@ def start(
     work, recheck    use the runtime with what they are given as their last argument held
     recheck          raises OutputError if the device no longer does what was exported
     latch            is told of a fault, with the stream's lock held
-    fault_elsewhere  one that this stream did not find, for which it gives no mask either
+    fault_elsewhere  one that this stream did not find, for which it gives no mask either, reset or not
+    lock             of the runtime, which the streams of one predictor share
     """
     for name, count in (("in_flight", in_flight), ("recheck_every", 1 if recheck_every is None else recheck_every)):
         if type(count) is not int or count < 1:
@@ -406,7 +427,9 @@ def start(
     if late not in ("drop", "wait"):
         raise RuntimeUnavailableError("late", f"got {late!r}", "expected 'drop' or 'wait'", "Check it.")
     deadline = None if deadline_ms is None else deadline_ms * 1e6
-    shared = _Shared(work, recheck, latch, fault_elsewhere, in_flight, late, deadline, timeout_ms * 1e6, recheck_every)
+    shared = _Shared(
+        work, recheck, latch, fault_elsewhere, lock, in_flight, late, deadline, timeout_ms * 1e6, recheck_every
+    )
     return Stream(shared, frames)
 
 
@@ -420,7 +443,12 @@ def _capture(shared: _Shared[Any], frames: Iterable[Any]) -> None:
                 break
             captured = monotonic_ns()
             if isinstance(item, tuple):
-                item, captured = _stamped(item, captured)
+                try:
+                    item, captured = _stamped(item, captured)
+                except FrameError as error:  # in the frame's place, which a driver may give once: the next is looked at
+                    item = error
+            if isinstance(item, np.ndarray):
+                item = item.copy()  # a camera may write its next frame where it wrote this one
             if not shared.offer(item, captured):
                 break
             del item  # it may be large, and the next may be long in coming
@@ -432,10 +460,13 @@ def _capture(shared: _Shared[Any], frames: Iterable[Any]) -> None:
 
 def _stamped(item: tuple[Any, ...], now: int) -> tuple[Any, int]:
     """A frame and its time of capture. Raises FrameError for a time of another clock or unit."""
-    if len(item) == 2 and type(item[1]) is int and _NEWEST <= now - item[1] <= _OLDEST:
+    # Soon after the machine's start any number is recent: nothing was captured in the first hundredth of its time.
+    if len(item) == 2 and type(item[1]) is int and _NEWEST <= now - item[1] <= min(_OLDEST, 0.99 * now):
         return item
-    found = f"got {item[1]!r}" if len(item) == 2 else f"got {len(item)} values"
-    expected = f"expected a frame and nanoseconds of time.monotonic_ns(), now {now}, at most a minute old"
+    found = f"got {len(item)} values"
+    if len(item) == 2:  # only a number is shown: another value may say whose image it is
+        found = f"got {item[1]}" if type(item[1]) in (int, float) else f"got a {type(item[1]).__name__}"
+    expected = f"expected a frame and an int, nanoseconds of time.monotonic_ns(), now {now}, at most a minute old"
     raise FrameError("capture", found, expected, "Leave the time out, or take it from that clock.")
 
 
@@ -444,6 +475,8 @@ def _work(shared: _Shared[Any]) -> None:
         while job := shared.take():
             made = refused = None
             try:
+                if isinstance(job.frame, FrameError):
+                    raise job.frame
                 made = shared.work(job.frame, shared.turn)
             except FrameError as error:
                 refused = error
@@ -453,7 +486,8 @@ def _work(shared: _Shared[Any]) -> None:
             del job, made, refused
             if due:
                 shared.recheck(shared.turn)
-                with shared.changed:
-                    shared.rechecks += 1
+                shared.proven()
     except BaseException as error:
         shared.fail(error)
+    finally:
+        shared.rest()

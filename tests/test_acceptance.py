@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bundles import set_manifest
 
 from msa2net import Predictor
 from msa2net.__main__ import main
-from msa2net.errors import BundleError, Msa2NetError, OutputError
+from msa2net.errors import BundleError, Msa2NetError, OutputError, RuntimeUnavailableError
 from msa2net.runtimes import acceptance
 from msa2net.runtimes.backends import candidates
 from msa2net.runtimes.backends.onnxruntime import OnnxRuntimeBackend
@@ -70,6 +71,23 @@ def test_a_device_whose_masks_are_off_fails(bundle: Path, tmp_path: Path, capsys
     assert json.loads(file.read_text())["passed"] is False
 
 
+def test_a_device_whose_runtime_fails_fails_and_replaces_the_last_report(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    command = ["selftest", str(bundle), "--runtime", "onnxruntime", "--rounds", "1", "--report", str(file)]
+    assert main(command) == 0
+    infer = OnnxRuntimeBackend.infer
+    monkeypatch.setattr(OnnxRuntimeBackend, "infer", lambda self, x: infer(self, x) * np.float32(np.nan))
+    assert main(command) == 1
+    report = json.loads(file.read_text())
+    assert not report["passed"]
+    assert report["reasons"][0].startswith("logits: got NaN")
+    assert report["bundle"]["digest"] == Bundle(bundle).digest
+    assert report["device"]["packages"]["numpy"] == np.__version__
+    assert capsys.readouterr().out.splitlines()[-1] == f"FAIL: {report['reasons'][0]}"
+
+
 @pytest.mark.usefixtures("off")
 def test_such_a_device_does_not_start_if_it_is_asked_to_test_itself(bundle: Path) -> None:
     with pytest.raises(OutputError, match="what runs on this device does not do what was exported"):
@@ -83,6 +101,9 @@ def test_a_device_that_is_too_slow_fails(bundle: Path) -> None:
     assert not report["passed"]
     assert report["reasons"][0].endswith("the limit is 1e-06")
     assert acceptance.accept(bundle, loader(bundle), rounds=1, limit=1e6)["passed"]
+    for limit in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(RuntimeUnavailableError, match="limit: got .*, expected milliseconds above 0"):
+            acceptance.accept(bundle, loader(bundle), rounds=1, limit=limit)
 
 
 def test_the_time_at_export_stands_beside_that_here(bundle: Path) -> None:

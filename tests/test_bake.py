@@ -121,6 +121,25 @@ def test_its_manifest_lists_the_graphs_and_its_files_are_shared(baked: Path) -> 
     assert all(graph["pixel_agreement"] >= 0.9999 for entry in entries for graph in entry.get("baked", ()))
 
 
+@pytest.mark.parametrize("output", ["confidence", "colors"])
+def test_what_a_graph_gives_beside_the_mask_is_tested_too(baked: Path, output: str) -> None:
+    with Predictor.load(baked, runtime="openvino", frame_shape=COLOUR, cache=False) as predictor:
+        graph = predictor._baked[COLOUR]
+        run: Any = graph.backend.run  # type: ignore[attr-defined]  # a baked graph's has it
+        which = graph.outputs.index(output)
+
+        def spoiled(pixels: NDArray[np.uint8]) -> list[NDArray[Any]]:
+            found = list(run(pixels))
+            found[which] = found[which] ^ np.uint8(4)
+            return found
+
+        assert predictor.self_test().pixel_agreement == 1
+        graph.backend.run = spoiled  # type: ignore[attr-defined]
+        assert predictor.self_test().pixel_agreement == 0
+        with pytest.raises(OutputError, match="expected the golden frames to pass"):
+            predictor.reset()
+
+
 @pytest.mark.parametrize("runtime", BAKED)
 def test_a_frame_that_fits_takes_its_graph_and_gets_the_same_mask(baked: Path, runtime: str) -> None:
     with (

@@ -118,15 +118,59 @@ def test_several_classes_in_a_clip_whose_frames_end_within_a_byte(
     assert all(len(index) == len(read.DimensionIndexSequence) for index in indices)
 
 
-@pytest.mark.parametrize("sets", [["", "ISO 2022 IR 87"], "ISO_IR 100", "ISO_IR 192"])
+@pytest.mark.parametrize(
+    ("sets", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
+        (["", "ISO 2022 IR 58"], "Zhang^XiaoDong=张^小东"),
+        ("ISO 2022 IR 100", "Müller^Jörg"),
+        ("ISO_IR 100", "Müller^Jörg"),
+        ("ISO_IR 144", "Люкceмбypг"),
+        ("ISO_IR 192", "Müller=山田^太郎"),
+        ("GB18030", "Wang^XiaoDong=王^小东"),
+        ("ISO_IR 6", "Mueller^Joerg"),
+        ("", "Mueller^Joerg"),
+        (None, "Mueller^Joerg"),
+    ],
+)
 def test_character_sets_of_the_source(
-    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path, sets: Any
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path, sets: Any, name: str
 ) -> None:
     source = dcmread(examples("rgb_color"), stop_before_pixels=True)
-    source.SpecificCharacterSet = sets
+    source.SpecificCharacterSet, source.PatientName = sets, name
+    source.save_as(tmp_path / "in.dcm")
+    source = dcmread(tmp_path / "in.dcm")
+    assert str(source.PatientName) == name
     mask = np.ones((source.Rows, source.Columns), np.uint8)
     read = stored([mask], tmp_path / "out.dcm", classes=LESION, execution=predictors["onnxruntime"].execution)(source)
-    assert str(read.PatientName) == str(source.PatientName)
+    assert str(read.PatientName) == name
+    assert str(source.PatientName) == name
+
+
+def test_an_image_in_space_keeps_its_place(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    source = dcmread(examples("ct"), stop_before_pixels=True)
+    mask = np.triu(np.ones((source.Rows, source.Columns), np.uint8))
+    read = stored([mask], tmp_path / "out.dcm", classes=LESION, execution=predictors["onnxruntime"].execution)(source)
+    assert np.array_equal(read.pixel_array.reshape(mask.shape), mask)
+    assert read.FrameOfReferenceUID == source.FrameOfReferenceUID
+    shared, (frame,) = read.SharedFunctionalGroupsSequence[0], read.PerFrameFunctionalGroupsSequence
+    measures, plane = shared.PixelMeasuresSequence[0], shared.PlaneOrientationSequence[0]
+    assert frame.PlanePositionSequence[0].ImagePositionPatient == source.ImagePositionPatient
+    assert plane.ImageOrientationPatient == source.ImageOrientationPatient
+    assert measures.PixelSpacing == source.PixelSpacing
+
+
+def test_an_orientation_without_a_place_is_kept(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], tmp_path: Path
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    source.PatientOrientation = ["L", "F"]
+    mask = np.ones((source.Rows, source.Columns), np.uint8)
+    read = stored([mask], tmp_path / "out.dcm", classes=LESION, execution=predictors["onnxruntime"].execution)(source)
+    assert list(read.PatientOrientation) == ["L", "F"]
 
 
 def test_what_dicom_cannot_hold_is_refused(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:

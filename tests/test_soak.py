@@ -26,9 +26,9 @@ def test_the_slope_of_a_line_is_its_slope_and_few_points_have_none() -> None:
     assert (low, high) == (-math.inf, math.inf)
 
 
-@pytest.mark.parametrize("alike", [0.0, 0.6])
-def test_the_bounds_hold_the_true_slope_as_often_as_they_say(alike: float) -> None:
-    """Of 400 noisy series, whose neighbours may be alike, 95 in 100."""
+@pytest.mark.parametrize(("alike", "most"), [(0.0, 0.985), (0.6, 0.985), (0.9, 1.0), (1.0, 0.985)])
+def test_the_bounds_hold_the_true_slope_as_often_as_they_say(alike: float, most: float) -> None:
+    """Of 400 noisy series, whose neighbours may be alike up to a random walk, at least 95 in 100."""
     rng, hours, inside = np.random.default_rng(0), np.linspace(0.1, 0.5, 48), 0
     for _ in range(400):
         noise, shocks = np.zeros(48), rng.standard_normal(48)
@@ -36,7 +36,7 @@ def test_the_bounds_hold_the_true_slope_as_often_as_they_say(alike: float) -> No
             noise[i] = (alike * noise[i - 1] if i else 0) + shocks[i]
         low, _, high = soak.slope(hours, 2 * hours + noise)
         inside += low <= 2 <= high
-    assert 0.90 <= inside / 400 <= 0.985, inside
+    assert 0.92 <= inside / 400 <= most, inside
 
 
 def test_a_short_soak_counts_masks_and_does_not_pass(

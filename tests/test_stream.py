@@ -36,7 +36,7 @@ def started(work: Callable[[Any], Any], source: Any, **options: Any) -> Stream[A
         "recheck_every": None,
     }
     recheck = options.pop("recheck", lambda: None)
-    given |= {"latch": lambda _: None, "fault_elsewhere": lambda: None} | options
+    given |= {"latch": lambda _: None, "fault_elsewhere": lambda: None, "lock": threading.Lock()} | options
 
     def with_turn(frame: Any, turn: AbstractContextManager[None]) -> Any:
         with turn:
@@ -305,6 +305,57 @@ def test_a_fault_of_another_stream_stops_this_one() -> None:
             next(found)
 
 
+@pytest.mark.parametrize(
+    ("stamp", "text"),
+    [
+        (np.int64(5), "got a int64"),
+        (b"Sekret^Siri", "got a bytes"),
+        ([1], "got a list"),
+    ],
+)
+def test_a_time_that_is_none_is_named_and_not_shown(stamp: Any, text: str) -> None:
+    with started(lambda frame: frame, [("frame", stamp)]) as found, pytest.raises(FrameError) as caught:
+        next(found)
+    assert str(caught.value).startswith(f"capture: {text}, expected a frame and an int, nanoseconds of ")
+
+
+def test_one_time_that_is_wrong_is_an_error_in_its_place_and_the_next_frame_follows() -> None:
+    source = [(0, time.monotonic_ns()), (1, 0), (2, time.monotonic_ns())]
+    with started(lambda frame: frame, source) as found:
+        assert next(found).index == 0
+        with pytest.raises(FrameError, match="capture: got 0, expected"):
+            next(found)
+        assert next(found).index == 2
+    assert found.report().refused == 1
+
+
+@pytest.mark.parametrize(
+    ("stamp", "right"),
+    [(19_900_000_000, True), (20_000_500_000, True), (20_000_000, False), (20_000, False), (0, False), (-1, False)],
+)
+def test_other_units_are_found_out_in_the_first_minute_of_a_machine_too(stamp: int, right: bool) -> None:
+    if right:
+        assert stream._stamped(("frame", stamp), 20_000_000_000) == ("frame", stamp)
+    else:
+        with pytest.raises(FrameError, match="capture"):
+            stream._stamped(("frame", stamp), 20_000_000_000)
+
+
+def test_a_camera_may_write_each_frame_where_it_wrote_the_last() -> None:
+    gate = threading.Event()
+
+    def camera() -> Iterator[NDArray[np.uint8]]:
+        buffer = np.zeros(4, np.uint8)
+        for i in range(4):
+            buffer[:] = i
+            yield buffer
+        buffer[:] = 99
+        gate.set()
+
+    with started(lambda frame: (gate.wait(PATIENCE), int(frame[0]))[1], camera(), in_flight=4) as found:
+        assert [each.segmentation for each in found] == [0, 1, 2, 3]
+
+
 LEFT_OPEN = """
 import itertools, os, sys
 import numpy as np
@@ -362,6 +413,20 @@ def test_a_golden_frame_runs_after_so_many_frames_and_its_failure_is_a_fault() -
     assert len(given) <= 12
 
 
+def test_the_end_waits_for_a_golden_frame_that_is_due() -> None:
+    let_go = threading.Event()
+
+    def recheck() -> None:
+        assert let_go.wait(PATIENCE)
+        raise OutputError("golden frame", "is off")
+
+    with started(lambda frame: frame, range(4), recheck_every=4, recheck=recheck) as found:
+        assert [next(found).index for _ in range(4)] == [0, 1, 2, 3]
+        threading.Timer(0.05, let_go.set).start()
+        with pytest.raises(FaultError, match="golden frame: is off"):
+            next(found)
+
+
 def test_closing_from_another_thread_ends_a_caller_who_waits_and_a_source_that_blocks() -> None:
     blocked, ended = threading.Event(), threading.Event()
 
@@ -395,6 +460,20 @@ def test_a_stream_that_is_thrown_away_stops_its_threads() -> None:
     del each
     gc.collect()
     until(lambda: threading.active_count() <= before)
+
+
+def test_a_process_that_ends_waits_for_a_stream_that_was_thrown_away() -> None:
+    """A thread that is stopped inside a runtime aborts the process."""
+    gate = Gate()
+    found = started(gate, itertools.count())
+    until(lambda: gate.begun)
+    shared = found._shared
+    del found
+    gc.collect()
+    assert shared.abandoned
+    assert shared in stream._running
+    gate.let(*range(100))
+    until(lambda: shared not in stream._running)
 
 
 def test_what_a_stream_held_is_freed_when_it_ends_and_not_by_a_collection(
@@ -458,6 +537,20 @@ def test_a_stream_gives_the_masks_of_predict(
     for each, image in zip(made, images, strict=True):
         assert np.array_equal(each.segmentation.mask, predictor.predict(image).mask)
     assert found.report().rechecks == 3
+
+
+def test_a_region_is_the_frames_and_not_the_callers_list(
+    predictors: dict[str, Predictor], images: list[NDArray[np.uint8]]
+) -> None:
+    region: Any = [10, 20, 80, 130]
+    made = predictors["onnxruntime"].predict(images[0], region=region)
+    with predictors["onnxruntime"].stream(images, late="wait", region=region) as found:
+        region[0] = 0
+        assert {each.segmentation.region for each in found} == {(10, 20, 80, 130)}
+    assert made.region == (10, 20, 80, 130)
+    narrow: Any = tuple(np.array([100, 60, 200, 200], np.uint8))  # whose sums have no room in their own type
+    large = np.zeros((300, 300), np.uint8)
+    assert predictors["onnxruntime"].predict(large, region=narrow).on_frame().shape == large.shape
 
 
 def test_a_region_is_looked_at_alone(predictors: dict[str, Predictor], images: list[NDArray[np.uint8]]) -> None:
@@ -546,6 +639,63 @@ def test_a_fault_is_latched_until_a_reset_that_passes(
     predictor.reset()
     assert predictor.fault is None
     predictor.predict(images[0])
+
+
+def test_what_was_made_before_a_fault_is_not_given_after_a_reset(
+    broken: tuple[Predictor, Broken], images: list[NDArray[np.uint8]]
+) -> None:
+    """By another stream, whose mask is ready, or by a `predict` or `logits` that was in the runtime."""
+    predictor, backend = broken
+    entered, let_go, found = threading.Barrier(3, timeout=PATIENCE), threading.Event(), list[object]()
+    other = predictor.stream(images, in_flight=1, late="wait")
+    until(lambda: other._shared.line and other._shared.line[0].has_result)
+    until(lambda: not predictor._users)
+
+    def hang(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        entered.wait()
+        assert let_go.wait(PATIENCE)
+        return logits
+
+    def call(which: Callable[[], object]) -> None:
+        try:
+            found.append(which())
+        except FaultError as error:
+            found.append(error)
+
+    backend.spoil = hang
+    tensor = np.zeros((1, 3, 224, 224), np.float32)
+    callers = [
+        threading.Thread(target=call, args=(which,))
+        for which in (lambda: predictor.predict(images[0]), lambda: predictor.logits(tensor))
+    ]
+    for caller in callers:
+        caller.start()
+    entered.wait()
+    predictor._latch(FaultError("golden frame", "is off"))
+    let_go.set()
+    for caller in callers:
+        caller.join()
+    assert [type(each) for each in found] == [FaultError, FaultError]
+    backend.spoil = lambda logits: logits
+    predictor.reset()
+    predictor.predict(images[0])
+    with other, pytest.raises(FaultError, match="golden frame: is off"):
+        next(other)
+
+
+def test_a_reset_clears_no_fault_that_came_up_meanwhile(
+    broken: tuple[Predictor, Broken], images: list[NDArray[np.uint8]]
+) -> None:
+    predictor, backend = broken
+
+    def fault(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        predictor._latch(FaultError("logits", "NaN"))
+        return logits
+
+    backend.spoil = fault
+    with pytest.raises(FaultError, match="logits: NaN"):
+        predictor.reset()
+    latched(predictor, images[0], "logits: NaN")
 
 
 def test_a_reset_while_a_frame_hangs_is_refused_and_so_is_closing(

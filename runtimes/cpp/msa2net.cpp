@@ -14,7 +14,9 @@
 #include <cctype>
 #include <cerrno>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <locale>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,6 +26,10 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#ifdef __FAST_MATH__
+#error "-ffast-math and -Ofast take out the check that the network's output is finite: leave them out for this file"
+#endif
 
 namespace {
 
@@ -37,7 +43,17 @@ constexpr std::int32_t kMostSide = 32768;
 const std::string kSums = "SHA256SUMS", kManifest = "manifest.json";
 const std::string kCopy = "Copy the bundle anew.", kExport = "Export the model again.";
 
-thread_local std::string last_error;
+thread_local char last_error[2048];
+
+// One line of ASCII, whatever a file's name or a library's message held; it allocates nothing: memory may be short.
+void say(const char* before, const char* text, const char* after) noexcept {
+  std::snprintf(last_error, sizeof last_error, "%s%s%s", before, text, after);
+  for (char* at = last_error; *at; ++at) {
+    const auto c = static_cast<unsigned char>(*at);
+    if (c < 0x20 || c == 0x7f) *at = ' ';
+    if (c > 0x7f) *at = '?';
+  }
+}
 
 struct Failure {
   int code;
@@ -55,6 +71,27 @@ struct Failure {
   fail(MSA2NET_BUNDLE, place, found, expected, advice);
 }
 
+// A file, or a folder, that the system does not give: the bundle's fault only where it is not there, or no file.
+[[noreturn]] void refuse_access(const std::string& place, const std::string& expected) {
+  const int reason = errno;
+  const bool bundle = reason == ENOENT || reason == ENOTDIR || reason == ELOOP || reason == EIO;
+  fail(bundle ? MSA2NET_BUNDLE : MSA2NET_UNAVAILABLE, place,
+       std::string("cannot be read (") + std::strerror(reason) + ")", expected,
+       bundle ? kCopy : "Check its permissions, and the limits of the process.");
+}
+
+std::string digits(double value) {
+  std::array<char, 32> text;
+  std::snprintf(text.data(), text.size(), "%.9g", value);
+  return text.data();
+}
+
+std::string joined(const std::set<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "nothing" : text;
+}
+
 // Files ----------------------------------------------------------------------------------------------------------
 
 class Descriptor {
@@ -68,7 +105,6 @@ class Descriptor {
     if (value_ >= 0) ::close(value_);
   }
   int get() const { return value_; }
-  std::string path() const { return "/proc/self/fd/" + std::to_string(value_); }
 
  private:
   int value_;
@@ -76,7 +112,7 @@ class Descriptor {
 
 Descriptor open_file(int folder, const std::string& path) {
   Descriptor file(::openat(folder, path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK));
-  if (file.get() < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
+  if (file.get() < 0) refuse_access(path, "a readable file");
   struct stat about{};
   if (::fstat(file.get(), &about) != 0 || !S_ISREG(about.st_mode)) refuse(path, "is no file", "a regular file");
   return file;
@@ -85,10 +121,10 @@ Descriptor open_file(int folder, const std::string& path) {
 // Hands a file's bytes, from its start, to `use`, piece by piece.
 template <typename Use>
 void read_pieces(const Descriptor& file, const std::string& path, const Use& use) {
-  std::array<std::uint8_t, 1 << 18> buffer;
+  std::array<std::uint8_t, 1 << 14> buffer;  // a caller's thread may have a small stack
   for (off_t at = 0;;) {
     const ssize_t got = ::pread(file.get(), buffer.data(), buffer.size(), at);
-    if (got < 0) refuse(path, std::string("cannot be read (") + std::strerror(errno) + ")", "a readable file");
+    if (got < 0) refuse_access(path, "a readable file");
     if (got == 0) return;
     use(buffer.data(), static_cast<std::size_t>(got));
     at += got;
@@ -145,13 +181,20 @@ void require_digest(const std::string& path, const std::string& found, const std
   if (found != expected) refuse(path, "changed: SHA-256 " + found.substr(0, 12), expected.substr(0, 12));
 }
 
+void require_size(const std::string& path, std::size_t found, std::int64_t expected) {
+  if (static_cast<std::int64_t>(found) != expected)
+    refuse(path, "has " + std::to_string(found) + " bytes", std::to_string(expected) + " as in the manifest", kExport);
+}
+
 // The files below a folder, links, devices and hard links refused.
 void list_files(int folder, const std::string& prefix, std::set<std::string>& found) {
   const int again = ::openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   DIR* const opened = again < 0 ? nullptr : ::fdopendir(again);
   if (!opened) {
+    const int reason = errno;
     if (again >= 0) ::close(again);
-    refuse(prefix.empty() ? "the bundle" : prefix, "cannot be listed", "a readable folder");
+    errno = reason;
+    refuse_access(prefix.empty() ? "the bundle" : prefix, "a readable folder");
   }
   const std::unique_ptr<DIR, int (*)(DIR*)> closing(opened, ::closedir);
   errno = 0;
@@ -166,7 +209,7 @@ void list_files(int folder, const std::string& prefix, std::set<std::string>& fo
       found.insert(path);
     } else if (S_ISDIR(about.st_mode)) {
       const Descriptor inner(::openat(folder, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
-      if (inner.get() < 0) refuse(path, std::strerror(errno), "a readable folder");
+      if (inner.get() < 0) refuse_access(path, "a readable folder");
       list_files(inner.get(), path + "/", found);
     } else {
       refuse(path, "is a link or a device", "only regular files");
@@ -202,8 +245,8 @@ std::map<std::string, std::string> parse_sums(const Bytes& content) {
     }
     inside = inside && std::none_of(path.begin(), path.end(),
                                     [](unsigned char c) { return c < 0x20 || c == 0x7f || c == '\\' || c == ':'; });
-    if (!inside || !sums.emplace(path, line.substr(0, 64)).second)
-      refuse(place, "names a file outside the bundle, or one twice", "a file inside it, listed once");
+    if (!inside) refuse(place, "names '" + path + "'", "a file inside the bundle");
+    if (!sums.emplace(path, line.substr(0, 64)).second) refuse(place, "names '" + path + "' again", "each file once");
   }
   if (!sums.count(kManifest)) refuse(kSums, "no line for " + kManifest, "one");
   return sums;
@@ -228,6 +271,7 @@ struct Golden {
 
 struct Artifact {
   std::string xml, weights, rest;
+  std::int64_t xml_bytes = 0, weights_bytes = 0;
   std::vector<std::string> outputs;
   double logit_tolerance = 0, pixel_tolerance = 0;
 };
@@ -245,11 +289,54 @@ const std::string& listed(const std::map<std::string, std::string>& sums, const 
   return found->second;
 }
 
-double number_within(const Json& value, double most) {
+double tolerance_within(const Json& value, double most) {
   const double number = value.get<double>();
   if (!value.is_number() || !(number >= 0 && number <= most))
-    refuse(kManifest, "has a tolerance that is none", "a number from 0", kExport);
+    refuse(kManifest, "got a tolerance of " + value.dump(), "a number from 0", kExport);
   return number;
+}
+
+std::int64_t whole(const Json& value, const std::string& name) {
+  if (!value.is_number_integer()) refuse(kManifest, name + " is " + value.dump(), "a whole number", kExport);
+  return value.get<std::int64_t>();
+}
+
+std::vector<std::string> class_names(const Json& classes) {
+  std::vector<std::string> names;
+  for (const Json& each : classes) {
+    names.push_back(each.at("name").get<std::string>());
+    const std::string& name = names.back();
+    const bool plain =
+        !name.empty() && std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+    if (!plain || std::count(names.begin(), names.end(), name) > 1)
+      refuse(kManifest, "got a class named '" + name + "'", "names in one line, each once", kExport);
+  }
+  if (names.size() < 2 || names.size() > 256)
+    refuse(kManifest, std::to_string(names.size()) + " classes", "2 to 256", kExport);
+  return names;
+}
+
+// Of a baked graph: logits and mask, and after them confidence, colors or both.
+std::vector<std::string> output_names(const Json& outputs) {
+  const std::vector<std::string> names = outputs.get<std::vector<std::string>>();
+  const std::vector<std::string> all{"logits", "mask", "confidence", "colors"};
+  auto left = all.begin();
+  bool ordered = true;
+  for (const std::string& name : names) {
+    left = std::find(left, all.end(), name);
+    if (!(ordered = left != all.end())) break;
+    ++left;
+  }
+  if (!ordered || names.size() < 2 || names[0] != all[0] || names[1] != all[1])
+    refuse(kManifest, "a graph's outputs are " + outputs.dump(), "logits, mask, then confidence, colors or both",
+           kExport);
+  return names;
+}
+
+std::string sides(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t side : shape) text += (text.empty() ? "" : " x ") + std::to_string(side);
+  return text;
 }
 
 Manifest parse_manifest(const Json& root, const std::map<std::string, std::string>& sums, const std::string& precision,
@@ -259,53 +346,63 @@ Manifest parse_manifest(const Json& root, const std::map<std::string, std::strin
                      std::all_of(version.begin() + 2, version.end(), [](char c) { return c >= '0' && c <= '9'; });
   if (!known) refuse(kManifest, "got schema version " + version, "3.x", "Install the library of that version.");
   Manifest manifest;
-  manifest.height = root.at("input").at("height").get<std::int64_t>();
-  manifest.width = root.at("input").at("width").get<std::int64_t>();
-  for (const Json& each : root.at("classes")) manifest.classes.push_back(each.at("name").get<std::string>());
+  manifest.height = whole(root.at("input").at("height"), "height");
+  manifest.width = whole(root.at("input").at("width"), "width");
+  manifest.classes = class_names(root.at("classes"));
   for (const Json& each : root.at("golden"))
     manifest.golden.push_back({each.at("frame").get<std::string>(), each.at("logits").get<std::string>(),
                                each.at("mask").get<std::string>()});
-  if (manifest.classes.size() < 2 || manifest.classes.size() > 256)
-    refuse(kManifest, std::to_string(manifest.classes.size()) + " classes", "2 to 256", kExport);
-  bool there = false;
+  bool there = false, baked = false;
   for (const Json& each : root.at("artifacts")) {
     if (each.at("runtime") != "openvino" || each.at("precision") != precision) continue;
-    there = true;
+    if (std::exchange(there, true)) refuse(kManifest, "openvino " + precision + " is there twice", "once", kExport);
     const std::string verdict = each.at("parity").at("verdict").get<std::string>();
     if (verdict != "high" && verdict != "standard" && !(verdict == "unjudged" && precision == "fp32"))
       refuse("openvino " + precision, "its accuracy check at export says " + verdict, "one that passed", kExport);
     for (const Json& graph : each.value("baked", Json::array())) {
       if (graph.at("frame").get<std::vector<std::int64_t>>() != shape) continue;
+      if (std::exchange(baked, true))
+        refuse(kManifest, "openvino " + precision + " has two graphs for frames of " + sides(shape), "one", kExport);
       const Json& files = graph.at("files");
       Artifact& artifact = manifest.artifact;
       artifact.xml = files.at(0).at("path").get<std::string>();
       artifact.weights = files.at(1).at("path").get<std::string>();
+      artifact.xml_bytes = whole(files.at(0).at("bytes"), "bytes");
+      artifact.weights_bytes = whole(files.at(1).at("bytes"), "bytes");
       artifact.rest = each.value("rest", std::string("fp32"));
       if (artifact.rest != "fp32" && artifact.rest != "bf16")
         refuse(kManifest, "the rest of int8 is in " + artifact.rest, "fp32 or bf16", kExport);
-      artifact.outputs = graph.at("outputs").get<std::vector<std::string>>();
-      artifact.logit_tolerance = number_within(each.at("tolerance").at("logit"), 1e6);
-      artifact.pixel_tolerance = number_within(each.at("tolerance").at("pixels"), 1);
-      if (artifact.outputs.size() < 2 || artifact.outputs[0] != "logits" || artifact.outputs[1] != "mask")
-        refuse(kManifest, "a graph without logits and mask", "these first", kExport);
+      artifact.outputs = output_names(graph.at("outputs"));
+      artifact.logit_tolerance = tolerance_within(each.at("tolerance").at("logit"), 1e6);
+      artifact.pixel_tolerance = tolerance_within(each.at("tolerance").at("pixels"), 1);
       for (const Json& file : {files.at(0), files.at(1)})
         if (listed(sums, file.at("path").get<std::string>()) != file.at("sha256").get<std::string>())
           refuse(file.at("path").get<std::string>(), "its sums in manifest and " + kSums + " differ", "the same",
                  kExport);
-      return manifest;
     }
   }
-  std::string text;
-  for (const std::int64_t side : shape) text += (text.empty() ? "" : " x ") + std::to_string(side);
-  fail(MSA2NET_ARGUMENT, "openvino " + precision,
-       there ? "nothing is baked for frames of " + text : "the bundle has no such artifact",
-       "a size and precision of the bundle", "Export with --bake.");
+  if (!baked)
+    fail(MSA2NET_ARGUMENT, "openvino " + precision,
+         there ? "nothing is baked for frames of " + sides(shape) : "the bundle has no such artifact",
+         "a size and precision of the bundle", "Export with --bake.");
+  return manifest;
 }
 
-std::string hashed(const Descriptor& file, const std::string& path) {
+// The weights, in the very memory that the runtime takes them from, and held against their sum there.
+ov::Tensor read_weights(const Descriptor& file, const std::string& path, const std::string& sum) {
+  struct stat about{};
+  if (::fstat(file.get(), &about) != 0) refuse_access(path, "a readable file");
+  ov::Tensor weights(ov::element::u8, {static_cast<std::size_t>(about.st_size)});
+  std::size_t filled = 0;
+  read_pieces(file, path, [&](const std::uint8_t* data, std::size_t size) {
+    if (size > weights.get_size() - filled) refuse(path, "grows while it is read", "a file that nobody writes");
+    std::memcpy(weights.data<std::uint8_t>() + filled, data, size);
+    filled += size;
+  });
   Sha256 digest;
-  read_pieces(file, path, [&](const std::uint8_t* data, std::size_t size) { digest.add(data, size); });
-  return digest.hex();
+  digest.add(weights.data<std::uint8_t>(), filled);
+  require_digest(path, digest.hex(), sum);
+  return weights;
 }
 
 // Of numpy's format 1.0, row-major and little-endian: where the data begins. BUNDLE.md, section 8.
@@ -358,7 +455,7 @@ void require_plain(const std::string& path, const std::string& text) {
   if (text.find('\0') != std::string::npos || at == std::string::npos) refuse(path, "is no XML", plain, kExport);
   while ((at = text.find('<', at)) != std::string::npos) {
     if (text.compare(at, 4, "<!--") == 0) {
-      at = text.find("-->", at);
+      at = text.find("-->", at + 4);
       if (at == std::string::npos) refuse(path, "has half a comment", plain, kExport);
       continue;
     }
@@ -385,7 +482,8 @@ void require_plain(const std::string& path, const std::string& text) {
           at < text.size() && (text[at] == '"' || text[at] == '\'') ? text.find(text[at], at + 1) : std::string::npos;
       if (name.empty() || close == std::string::npos)
         refuse(path, "uses XML namespaces, or is damaged", plain, kExport);
-      attributes[name] = text.substr(at + 1, close - at - 1);
+      if (!attributes.emplace(name, text.substr(at + 1, close - at - 1)).second)
+        refuse(path, "has an attribute twice", plain, kExport);
       at = close + 1;
     }
     if (attributes.count("xmlns")) refuse(path, "uses XML namespaces, or is damaged", plain, kExport);
@@ -405,33 +503,40 @@ void give_memory_back() {
 #endif
 }
 
-// One line of ASCII, whatever a file's name or a library's message held.
-std::string line_of(std::string text) {
-  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
-  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c > 0x7f; }, '?');
-  return text;
+// OpenVINO before 2026 reads the numbers of a graph as the program's locale writes them: 1e-06 with a comma is another.
+void require_point() {
+  const char point = std::use_facet<std::numpunct<char>>(std::locale()).decimal_point();
+  if (point != '.')
+    fail(MSA2NET_UNAVAILABLE, "std::locale::global", std::string("numbers have a '") + point + "'", "a '.'",
+         "Set it after msa2net_open, or imbue the streams that need it.");
+}
+
+// OpenVINO wraps what it catches.
+bool is_short_of_memory(const std::exception& error) {
+  return dynamic_cast<const std::bad_alloc*>(&error) || std::strstr(error.what(), "bad_alloc");
 }
 
 template <typename Call>
 int guarded(const Call& call) noexcept {
   try {
-    last_error.clear();
+    last_error[0] = '\0';
     call();
     return MSA2NET_OK;
   } catch (const Failure& failure) {
-    last_error = line_of(failure.text);
+    say("", failure.text.c_str(), "");
     return failure.code;
   } catch (const Json::exception& error) {
-    last_error = line_of(kManifest + ": " + error.what() + ", expected what BUNDLE.md says. " + kExport);
+    say("manifest.json: ", error.what(), ", expected what BUNDLE.md says. Export the model again.");
     return MSA2NET_BUNDLE;
-  } catch (const std::bad_alloc&) {
-    last_error = "memory: there is not enough. Free some, or take a smaller model.";
-    return MSA2NET_UNAVAILABLE;
   } catch (const std::exception& error) {
-    last_error = line_of(std::string("runtime: failed (") + error.what() + "). Verify the bundle on this device.");
+    if (is_short_of_memory(error)) {
+      say("memory: ", "there is not enough", ". Free some, or take a smaller model.");
+      return MSA2NET_UNAVAILABLE;
+    }
+    say("runtime: failed (", error.what(), "). Verify the bundle on this device.");
     return MSA2NET_OUTPUT;
   } catch (...) {
-    last_error = "runtime: failed. Verify the bundle on this device.";
+    say("runtime: ", "failed", ". Verify the bundle on this device.");
     return MSA2NET_OUTPUT;
   }
 }
@@ -444,6 +549,7 @@ struct msa2net {
   std::vector<std::int64_t> shape;
   std::map<std::string, std::string> sums;
   Descriptor folder;
+  const pid_t process = ::getpid();
   std::mutex mutex;
   ov::Core core;
   ov::CompiledModel compiled;
@@ -480,19 +586,22 @@ struct msa2net {
     if (precision == "bf16" && !cpu_has_bf16())
       fail(MSA2NET_UNAVAILABLE, "openvino bf16", "this CPU has no AVX512_BF16", "one that has", "Use fp32.");
     const bool bf16 = precision == "bf16" || (int8 && artifact.rest == "bf16" && cpu_has_bf16());
-    // The runtime reads the very descriptors that were hashed; the weights it maps.
-    const Descriptor graph = open_file(folder.get(), artifact.xml);
-    const Descriptor weights = open_file(folder.get(), artifact.weights);
-    const Bytes content = read_all(graph, artifact.xml, kMostGraph);
-    require_digest(artifact.xml, digest_of(content), listed(sums, artifact.xml));
-    require_digest(artifact.weights, hashed(weights, artifact.weights), listed(sums, artifact.weights));
-    require_plain(artifact.xml, std::string(content.begin(), content.end()));
+    require_point();
+    // The runtime is given the very bytes that were held against their sums: a file may change at any time.
+    const Bytes content = checked(artifact.xml, kMostGraph);
+    const std::string graph(content.begin(), content.end());
+    require_plain(artifact.xml, graph);
+    const ov::Tensor weights =
+        read_weights(open_file(folder.get(), artifact.weights), artifact.weights, listed(sums, artifact.weights));
+    require_size(artifact.xml, graph.size(), artifact.xml_bytes);
+    require_size(artifact.weights, weights.get_byte_size(), artifact.weights_bytes);
     ov::AnyMap config{{ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)},
                       {ov::hint::inference_precision(bf16 ? ov::element::bf16 : ov::element::f32)}};
     if (threads > 0) config.insert(ov::inference_num_threads(threads));
     try {
-      compiled = core.compile_model(core.read_model(graph.path(), weights.path()), "CPU", config);
+      compiled = core.compile_model(core.read_model(graph, weights), "CPU", config);
     } catch (const std::exception& error) {
+      if (is_short_of_memory(error)) throw;
       fail(MSA2NET_UNAVAILABLE, "openvino " + precision, std::string("cannot be loaded (") + error.what() + ")",
            "a graph that this OpenVINO runs", "Update OpenVINO, or export again.");
     }
@@ -502,9 +611,16 @@ struct msa2net {
     request = compiled.create_infer_request();
   }
 
+  // In one process only: a child has none of the runtime's threads, and may wait for ever for the mutex.
+  void require_own_process() const {
+    if (::getpid() != process)
+      fail(MSA2NET_UNAVAILABLE, "model", "was opened before a fork", "the process that opened it",
+           "Open it in the child.");
+  }
+
   // Of the network's own layers, by what the runtime says it executes; baking adds some in uint8 and fp32.
   void require_precision(const std::string& precision, bool bf16) {
-    std::set<std::string> found;
+    std::set<std::string> found, computed;  // what is only moved proves nothing
     for (const auto& node : compiled.get_runtime_model()->get_ordered_ops()) {
       const ov::RTMap& info = node->get_rt_info();
       const auto said = info.find("runtimePrecision"), names = info.find("originalLayersNames");
@@ -512,16 +628,17 @@ struct msa2net {
       if (said == info.end() || names == info.end() || kind == info.end()) continue;
       const std::string type = kind->second.as<std::string>();
       if (type != "Input" && type != "Output" && type != "Const" && !added(names->second.as<std::string>()))
-        found.insert(said->second.as<std::string>());
+        (type == "Reorder" || type == "Reshape" ? found : computed).insert(said->second.as<std::string>());
     }
-    const bool whole = found.count("i8") || found.count("u8");
-    const bool lower = whole || found.count("bf16") || found.count("f16");
+    found.insert(computed.begin(), computed.end());
+    const bool lower = found.count("i8") || found.count("u8") || found.count("bf16") || found.count("f16");
+    const bool eight = computed.count("i8") || computed.count("u8");
     const bool agree =
-        precision == "fp32" ? !lower && !found.empty() : (precision == "bf16" ? found.count("bf16") > 0 : whole);
+        precision == "fp32" ? !lower && !computed.empty() : (precision == "bf16" ? computed.count("bf16") > 0 : eight);
     const auto hint = bf16 ? ov::element::bf16 : ov::element::f32;
     if (!agree || compiled.get_property(ov::hint::inference_precision) != hint)
-      fail(MSA2NET_UNAVAILABLE, "openvino " + precision, "runs in another precision on this device", precision,
-           "Use fp32, or another OpenVINO.");
+      fail(MSA2NET_UNAVAILABLE, "openvino " + precision, "computes in " + joined(computed) + " on this device",
+           precision, "Use fp32, or another OpenVINO.");
   }
 
   // Whether a layer was made of nothing but what baking adds; `names` are separated by commas.
@@ -579,22 +696,20 @@ struct msa2net {
 
   const std::uint8_t* bytes_of(std::size_t index) { return request.get_output_tensor(index).data<std::uint8_t>(); }
 
-  // The report of golden frames that pass; throws what does not.
-  msa2net_report require_golden() {
-    const msa2net_report report = self_test();
+  // Throws unless the golden frames pass; `report` is what they gave, as far as they came.
+  void require_golden(msa2net_report& report) {
+    self_test(report);
     if (report.frames == 0) refuse("golden", "no frame is of this size", "one", kExport);
     if (!(report.logit_difference <= report.logit_tolerance) || !(report.pixel_agreement >= report.pixel_tolerance))
       fail(MSA2NET_OUTPUT, "golden frames",
-           "a logit differs by " + std::to_string(report.logit_difference) + ", " +
-               std::to_string(100 * report.pixel_agreement) + " % of the pixels are equal",
-           "at most " + std::to_string(report.logit_tolerance) + " and at least " +
-               std::to_string(100 * report.pixel_tolerance) + " %",
+           "a logit differs by " + digits(report.logit_difference) + ", " + digits(100 * report.pixel_agreement) +
+               " % of the pixels are equal",
+           "at most " + digits(report.logit_tolerance) + " and at least " + digits(100 * report.pixel_tolerance) + " %",
            "Do not use it on this device.");
-    return report;
   }
 
-  msa2net_report self_test() {
-    msa2net_report report{0, 0, manifest.artifact.logit_tolerance, 1, manifest.artifact.pixel_tolerance};
+  void self_test(msa2net_report& report) {
+    report = {0, 0, manifest.artifact.logit_tolerance, 1, manifest.artifact.pixel_tolerance};
     const std::vector<std::int64_t> maps{static_cast<std::int64_t>(manifest.classes.size()), manifest.height,
                                          manifest.width};
     const std::lock_guard<std::mutex> lock(mutex);
@@ -629,7 +744,6 @@ struct msa2net {
           std::min(report.pixel_agreement, static_cast<double>(equal) / static_cast<double>(mask_bytes()));
       ++report.frames;
     }
-    return report;
   }
 };
 
@@ -655,7 +769,8 @@ int msa2net_open(const char* bundle, const char* precision, int32_t rows, int32_
     if (channels == 3) shape.push_back(3);
     auto opened = std::make_unique<msa2net>(bundle, precision, std::move(shape), threads);
     // int8 has been seen to be right on one CPU and not on another that has the same instructions.
-    if (std::string(precision).rfind("int8", 0) == 0) opened->require_golden();
+    msa2net_report report;
+    if (std::string(precision).rfind("int8", 0) == 0) opened->require_golden(report);
     *model = opened.release();
   });
 }
@@ -664,6 +779,7 @@ int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t
   return guarded([&] {
     if (!model || !frame || !mask)
       fail(MSA2NET_ARGUMENT, "msa2net_predict", "a null pointer", "a model, a frame and a mask", "Give all.");
+    model->require_own_process();
     const std::size_t sure = model->output("confidence");
     if (confidence && sure == model->manifest.artifact.outputs.size())
       fail(MSA2NET_ARGUMENT, "confidence", "the graph gives none", "NULL", "Export with --bake-outputs confidence.");
@@ -678,7 +794,9 @@ int msa2net_self_test(msa2net* model, msa2net_report* report) {
   return guarded([&] {
     if (!model || !report)
       fail(MSA2NET_ARGUMENT, "msa2net_self_test", "a null pointer", "a model and a report", "Give both.");
-    *report = model->require_golden();
+    *report = {};
+    model->require_own_process();
+    model->require_golden(*report);
     give_memory_back();
   });
 }
@@ -690,7 +808,7 @@ const char* msa2net_class_name(const msa2net* model, int32_t index) {
   return there ? model->manifest.classes[static_cast<std::size_t>(index)].c_str() : nullptr;
 }
 
-const char* msa2net_last_error(void) { return last_error.c_str(); }
+const char* msa2net_last_error(void) { return last_error; }
 
 void msa2net_close(msa2net* model) { delete model; }
 

@@ -1,7 +1,8 @@
 /* MSA2Net Edge on a device without Python: a camera's frame in, its mask out. C, from any language.
 
    A bundle is exported with `msa2net export --bake WIDTHxHEIGHT`; its graph for that size runs on OpenVINO, on the CPU.
-   Every byte is held against the bundle's digests before it is used (runtimes/BUNDLE.md, section 3).
+   Every byte is held against the bundle's digests before it is used (runtimes/BUNDLE.md, section 3), and what was held
+   is what is used: the bundle may be replaced, or damaged, once msa2net_open has returned.
 
    Every function that returns int returns 0, or one of the codes below; then `msa2net_last_error` says where, what was
    found, what was expected and what to do, in one line of ASCII (another byte is shown as '?'). No exception leaves
@@ -40,19 +41,21 @@ typedef struct {
    bundle     path of its folder, UTF-8
    precision  "fp32", "bf16", "int8" or "int8-portable": never changed in silence
    rows, columns, channels   of the frames: H, W, and 3 (red, green, blue) or 1 (grey)
-   threads    for one frame; 0: the cores that the process may use
+   threads    for one frame; 0: what OpenVINO chooses. Give the number where a container has a share of the cores.
    model      where the handle goes; it is the caller's, to be given to msa2net_close. NULL if it fails. */
 MSA2NET_API int msa2net_open(const char* bundle, const char* precision, int32_t rows, int32_t columns, int32_t channels,
                              int32_t threads, msa2net** model);
 
-/* Segments one frame. From any thread; frames of several threads wait for each other.
+/* Segments one frame. From any thread; frames of several threads wait for each other. Not in a child after a fork: it
+   gets MSA2NET_UNAVAILABLE, opens the bundle itself, and closes nothing of its parent's.
 
    frame       rows * columns * channels bytes, row by row, the channels of a pixel side by side; not changed
    mask        rows * columns bytes, of the caller: the class of each pixel. Written only if the call succeeds.
    confidence  the same, or NULL: 255 times the probability of the mask's class; needs --bake-outputs confidence */
 MSA2NET_API int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence);
 
-/* Runs the golden frames of this size against the outputs recorded at export. MSA2NET_OUTPUT if they are off. */
+/* Runs the golden frames of this size against the outputs recorded at export. MSA2NET_OUTPUT if they are off; the
+   report has what was found up to there, all zero where nothing was. */
 MSA2NET_API int msa2net_self_test(msa2net* model, msa2net_report* report);
 
 /* SHA-256 of the bundle's SHA256SUMS in hexadecimal: log it with each result. Valid until msa2net_close. */

@@ -1,9 +1,10 @@
 // The example: segments raw frames from a file, checks the device first, and times each.
 //   segment BUNDLE PRECISION ROWS COLUMNS CHANNELS FRAMES MASKS [THREADS]
 // FRAMES holds ROWS * COLUMNS * CHANNELS bytes a frame, one after the other; MASKS gets ROWS * COLUMNS bytes for each.
+#include <charconv>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <memory>
 #include <vector>
@@ -17,6 +18,19 @@ int failed(int code) {
   return code;
 }
 
+int wrong(const char* what, const char* advice) {
+  std::fprintf(stderr, "error: %s. %s\n", what, advice);
+  return MSA2NET_ARGUMENT;
+}
+
+// -1, which is refused, for what is no number.
+int number(const char* text) {
+  int value = 0;
+  const char* const end = text + std::strlen(text);
+  const auto [at, problem] = std::from_chars(text, end, value);
+  return at == end && problem == std::errc() ? value : -1;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -24,20 +38,22 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "usage: segment BUNDLE PRECISION ROWS COLUMNS CHANNELS FRAMES MASKS [THREADS]\n");
     return MSA2NET_ARGUMENT;
   }
-  const int rows = std::atoi(arguments[3]), columns = std::atoi(arguments[4]), channels = std::atoi(arguments[5]);
+  const int rows = number(arguments[3]), columns = number(arguments[4]), channels = number(arguments[5]);
   msa2net* opened = nullptr;
   if (const int code = msa2net_open(arguments[1], arguments[2], rows, columns, channels,
-                                    count == 9 ? std::atoi(arguments[8]) : 0, &opened))
+                                    count == 9 ? number(arguments[8]) : 0, &opened))
     return failed(code);
   const std::unique_ptr<msa2net, void (*)(msa2net*)> model(opened, msa2net_close);
 
-  msa2net_report report;
+  msa2net_report report{};
   if (const int code = msa2net_self_test(opened, &report)) return failed(code);
   std::printf("bundle %s: %d golden frames pass, largest logit difference %.2e, equal pixels %.4f %%\n",
               msa2net_digest(opened), report.frames, report.logit_difference, 100 * report.pixel_agreement);
 
   std::ifstream frames(arguments[6], std::ios::binary);
   std::ofstream masks(arguments[7], std::ios::binary);
+  if (!frames) return wrong("FRAMES cannot be read", "Check its path.");
+  if (!masks) return wrong("MASKS cannot be written", "Check its path.");
   const std::size_t pixels = static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
   std::vector<char> frame(pixels * static_cast<std::size_t>(channels)), mask(pixels);
   while (frames.read(frame.data(), static_cast<std::streamsize>(frame.size()))) {
@@ -49,9 +65,7 @@ int main(int count, char** arguments) {
     std::printf("%.3f ms\n", taken.count());
     masks.write(mask.data(), static_cast<std::streamsize>(mask.size()));
   }
-  if (!masks.flush()) {
-    std::fprintf(stderr, "error: the masks cannot be written. Check the disk.\n");
-    return MSA2NET_ARGUMENT;
-  }
+  if (!masks.flush()) return wrong("MASKS cannot be written", "Check the disk.");
+  if (!frames.eof() || frames.gcount()) return wrong("FRAMES ends within a frame", "Check ROWS, COLUMNS, CHANNELS.");
   return MSA2NET_OK;
 }
