@@ -51,8 +51,8 @@ ENVIRONMENT = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 def slope(hours: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
     """Least squares per hour, with its 95 % confidence bounds: (low, slope, high). Infinite bounds below 10 points.
 
-    Memory mostly is what it was a moment before: the bounds are as wide as the correlation of neighbours asks, and where
-    hardly anything else is to be seen, as those of a random walk.
+    Memory mostly is what it was a moment before: the bounds are as wide as the correlation of neighbours asks, or as a
+    random walk's where it may be one.
     """
     t, y = np.asarray(hours), np.asarray(values)
     if len(t) < 10:
@@ -138,10 +138,11 @@ class Watched:
 
 def _status(process: int | str) -> dict[str, float]:
     """Megabytes, anonymous ones and all that are resident, file descriptors and threads of a process."""
-    root = Path(f"/proc/{process}")
-    status = dict(line.split(":", 1) for line in (root / "status").read_text().splitlines())
+    root = f"/proc/{process}"  # not by pathlib, see `Bundle`
+    with open(f"{root}/status") as file:
+        status = dict(line.split(":", 1) for line in file)
     megabytes = {key: round(int(status[key].split()[0]) * 1024 / 1e6, 3) for key in ("RssAnon", "VmRSS")}
-    return {**megabytes, "files": len(os.listdir(root / "fd")), "threads": int(status["Threads"])}
+    return {**megabytes, "files": len(os.listdir(f"{root}/fd")), "threads": int(status["Threads"])}
 
 
 class _Windows:

@@ -28,7 +28,7 @@ from msa2net.runtimes.measure import percentile
 
 SEED = 6_000_000  # apart from training, validation, test, the parity check, calibration and benchmarks.baked
 FRAMES, IN_FLIGHT, WARM_UP = 8, 2, 30
-CHECKED = 31  # not a multiple of two, so that each image has its turn: one mask in so many is compared with that of `predict`
+CHECKED = 31  # one mask in so many is compared with that of `predict`; no multiple of 2: each image has its turn
 
 
 class Camera:

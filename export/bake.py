@@ -26,7 +26,7 @@ from openvino.passes import ConstantFolding, Manager
 
 from msa2net.errors import ExportError
 from msa2net.export import onnx_file, openvino_ir, parity
-from msa2net.runtimes import measure, postprocess, preprocess
+from msa2net.runtimes import postprocess, preprocess
 from msa2net.runtimes.backends import ADDED, FrameBackend, backend_class
 from msa2net.runtimes.bundle import BAKED_OUTPUTS, Artifact, Manifest
 from msa2net.runtimes.postprocess import nearest_grid
@@ -57,7 +57,9 @@ class FrameSize:
         if size is None:
             raise ExportError("--bake", f"got {text!r}", "expected WIDTHxHEIGHT, or WIDTHxHEIGHT:grey", "As 1920x1080.")
         if min(size.rows, size.columns) < 1 or max(size.rows, size.columns) > MAX_SIDE:
-            raise ExportError("--bake", f"got {text!r}", f"expected sides of 1 to {MAX_SIDE}", "Give the camera's size.")
+            raise ExportError(
+                "--bake", f"got {text!r}", f"expected sides of 1 to {MAX_SIDE}", "Give the camera's size."
+            )
         if size.rows * size.columns > MAX_PIXELS:
             raise ExportError("--bake", f"got {text!r}", f"expected at most {MAX_PIXELS} pixels", "Downscale before.")
         return size
@@ -275,8 +277,8 @@ def agreement(
     extras: Sequence[str],
     frames: int = 4,
 ) -> float:
-    """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`, and what
-    else it gives is what its own logits ask for.
+    """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`, and its
+    extras what its own logits ask for: the mean of `frames`.
     """
     network = _opened(folder, manifest, artifact, [file.path for file in artifact.files])
     whole = _opened(folder, manifest, artifact, files)
@@ -286,7 +288,8 @@ def agreement(
         _, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
         made = dict(zip(("logits", "mask", *extras), whole(case.frame), strict=True))
         logits, found, placement = postprocess.check_baked(made, manifest, size.rows, size.columns)
-        equal.append(float(((mask == found) & postprocess.rightly_made(made, logits, placement, manifest)).mean()))
+        right = postprocess.rightly_made(made, logits, placement, manifest.enlarge, manifest.classes)
+        equal.append(float(((mask == found) & right).mean()))
     return sum(equal) / frames
 
 

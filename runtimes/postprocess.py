@@ -5,14 +5,14 @@ K classes, h w the network's rows and columns, H W the frame's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import OutputError
-from msa2net.runtimes.bundle import Manifest
+from msa2net.runtimes.bundle import ClassInfo, Manifest
 from msa2net.runtimes.preprocess import Placement, place, resize
 
 
@@ -133,7 +133,11 @@ def check_baked(
 
 
 def rightly_made(
-    outputs: Mapping[str, NDArray[Any]], logits: NDArray[np.float32], placement: Placement, manifest: Manifest
+    outputs: Mapping[str, NDArray[Any]],
+    logits: NDArray[np.float32],
+    placement: Placement,
+    enlarge: str,
+    classes: Sequence[ClassInfo],
 ) -> NDArray[np.bool_]:
     """(H, W) bool: where the confidence (within 1) and the colours of a baked graph, if it gives them, are what its
     logits (K, h, w) and its mask ask for.
@@ -141,10 +145,10 @@ def rightly_made(
     mask = outputs["mask"]
     right = np.ones(mask.shape, np.bool_)
     if "confidence" in outputs:
-        expected = to_confidence(logits, placement, (mask.shape[0], mask.shape[1]), manifest.enlarge)
+        expected = to_confidence(logits, placement, (mask.shape[0], mask.shape[1]), enlarge)
         right &= np.abs(outputs["confidence"].astype(np.int16) - expected) <= 1
     if "colors" in outputs:
-        palette = np.array([info.color for info in manifest.classes], np.uint8)
+        palette = np.array([info.color for info in classes], np.uint8)
         right &= (outputs["colors"] == palette[mask]).all(-1)
     return right
 

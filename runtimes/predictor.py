@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa2net.errors import BundleError, FaultError, FrameError, Msa2NetError, OutputError, RuntimeUnavailableError
-from msa2net.runtimes import images, measure, postprocess, preprocess, quality, signature, stream
+from msa2net.runtimes import images, postprocess, preprocess, quality, signature, stream
 from msa2net.runtimes.backends import (
     BAKED,
     INT8,
@@ -137,9 +137,9 @@ class Segmentation:
         whole[top : top + rows, left : left + columns] = self.mask
         return whole
 
-    def _rightly_made(self, manifest: Manifest) -> NDArray[np.bool_]:
+    def _rightly_made(self) -> NDArray[np.bool_]:
         made = self._made | {"mask": self.mask}
-        return postprocess.rightly_made(made, self.logits, self._placement, manifest)
+        return postprocess.rightly_made(made, self.logits, self._placement, self._enlarge, self.classes)
 
     @property
     def probabilities(self) -> NDArray[np.float32]:
@@ -688,7 +688,7 @@ class Predictor:
         for case in cases:
             runs = [self._segment(case.graph, case.pixels, None, perf_counter_ns(), turn) for _ in range(times)]
             difference = max(difference, float(np.abs(runs[0].logits - case.logits).max()))
-            equal = (runs[0].mask == case.mask) & runs[0]._rightly_made(self.bundle.manifest)
+            equal = (runs[0].mask == case.mask) & runs[0]._rightly_made()
             agreement = min(agreement, float(equal.mean()))
             repeats = repeats and all(np.array_equal(runs[0].logits, again.logits) for again in runs[1:])
         frames, tolerance = len({id(case.pixels) for case in cases}), self.artifact.tolerance

@@ -102,7 +102,7 @@ def test_a_device_that_is_too_slow_fails(bundle: Path) -> None:
     assert report["reasons"][0].endswith("the limit is 1e-06")
     assert acceptance.accept(bundle, loader(bundle), rounds=1, limit=1e6)["passed"]
     for limit in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(RuntimeUnavailableError, match="limit: got .*, expected milliseconds above 0"):
+        with pytest.raises(RuntimeUnavailableError, match=r"limit: got .*, expected milliseconds above 0"):
             acceptance.accept(bundle, loader(bundle), rounds=1, limit=limit)
 
 

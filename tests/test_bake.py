@@ -243,7 +243,7 @@ def test_a_graph_that_does_something_else_is_not_shipped(tmp_path: Path, monkeyp
     monkeypatch.setattr(parity, "phantom_cases", partial(parity.phantom_cases, count=2))
     monkeypatch.setattr(bake, "nearest_grid", lambda _, size, __: tuple(np.zeros(n, np.intp) for n in size))
     with pytest.raises(
-        ExportError, match=r"^onnxruntime fp32, baked for 64x48:grey: .* of the pixels are equal to those"
+        ExportError, match=r"^onnxruntime fp32, baked for 64x48:grey: .* of the pixels of phantoms are equal to those"
     ):
         export_bundle(DEMO, tmp_path / "b", runtimes=("onnxruntime",), bake=("64x48:grey",), progress=False)
     assert not list(tmp_path.iterdir())

@@ -123,10 +123,9 @@ def test_several_classes_in_a_clip_whose_frames_end_within_a_byte(
     [
         (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
         (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동"),
-        (["", "ISO 2022 IR 58"], "Zhang^XiaoDong=张^小东"),
         ("ISO 2022 IR 100", "Müller^Jörg"),
         ("ISO_IR 100", "Müller^Jörg"),
-        ("ISO_IR 144", "Люкceмбypг"),
+        ("ISO_IR 144", "Диана"),
         ("ISO_IR 192", "Müller=山田^太郎"),
         ("GB18030", "Wang^XiaoDong=王^小东"),
         ("ISO_IR 6", "Mueller^Joerg"),
