@@ -342,6 +342,7 @@ class Predictor:
                 )
         asked = {"runtime_asked": runtime, "precision_asked": precision, "device_asked": device, "signature": signed}
         with _enough_memory(), ExitStack() as stack, ExitStack() as failed:
+            preprocess.reserve_memory()
             slots = []
 
             def loaded(part: Artifact | Baked) -> _Graph:

@@ -189,6 +189,13 @@ def resize(image: NDArray[Any], rule: str, height: int, width: int) -> NDArray[n
     )
 
 
+def reserve_memory() -> None:
+    """OpenBLAS takes its memory at the first product, for good, and ends the process where there is none: done when a
+    predictor is loaded, it is not done with a frame in hand.
+    """
+    resize(np.zeros((300, 400, 3), np.uint8), "bilinear", 224, 224)
+
+
 def _apply(rule: str, target: int, pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Resizes the first axis: (source, N) of any real dtype -> (target, N) float32, in products of `_ONE_THREAD`."""
     source, count = pixels.shape
