@@ -107,19 +107,22 @@ class Watched:
 
     def summary(self, hours: float) -> dict[str, Any]:
         self._reader.join(30)
-        warm, after, rests = (
+        warm, rests = (
             [each for each in some if each["hours"] >= WARM_UP * hours]
-            for some in (self.windows, self.samples, self.rests or self.samples)
+            for some in (self.windows, self.rests or self.samples)
         )
         low, rate, high = slope([each["hours"] for each in rests], [each["RssAnon"] for each in rests])
         third = max(1, len(warm) // 3)
         first, last = (statistics.median(each["median"] for each in some) for some in (warm[:third], warm[-third:]))
         changed, masks = (int(sum(each[key] for each in self.windows)) for key in ("changed", "masks"))
-        # What comes and goes with a stream is there in both thirds.
-        parts = after[: max(1, len(after) // 3)], after[-max(1, len(after) // 3) :]
-        most = {key: [int(max(each[key] for each in part)) for part in parts] for key in ("files", "threads")}
+        # Between two turns as well, and the medians: a file that is just being read, or a thread that ends, is no leak.
+        parts = rests[: max(1, len(rests) // 3)], rests[-max(1, len(rests) // 3) :]
+        counts = {
+            key: [int(statistics.median_low(each[key] for each in part)) for part in parts]
+            for key in ("files", "threads")
+        }
         bounds = [value if math.isfinite(value) else None for value in (low, rate, high)]
-        flat = all(later <= earlier for earlier, later in most.values())
+        flat = all(later <= earlier for earlier, later in counts.values())
         return {
             "name": self.name,
             "about": self.about,
@@ -127,7 +130,7 @@ class Watched:
             "changed": changed,
             "megabytes_per_hour": bounds,
             "resident_megabytes": [self.samples[0]["VmRSS"], self.samples[-1]["VmRSS"]],
-            **most,
+            **counts,
             "median_milliseconds": [first, last],
             "passed": changed == 0 and high <= MOST_MB_PER_HOUR and flat,
             "samples": self.samples,

@@ -53,12 +53,20 @@ def test_a_short_soak_counts_masks_and_does_not_pass(
     assert row["files"][0] > 0
 
 
-@pytest.mark.parametrize(("megabytes_per_hour", "passed"), [(0.0, True), (2.0, False)])
-def test_memory_is_judged_between_the_turns_and_not_within(megabytes_per_hour: float, passed: bool) -> None:
+@pytest.mark.parametrize(
+    ("megabytes_per_hour", "files_per_hour", "passed"), [(0.0, 0.0, True), (2.0, 0.0, False), (0.0, 10.0, False)]
+)
+def test_memory_and_descriptors_are_judged_between_the_turns_and_not_within(
+    megabytes_per_hour: float, files_per_hour: float, passed: bool
+) -> None:
     hours = [i / 360 for i in range(180)]
     window = {"masks": 9, "changed": 0, "median": 20.0}
     lines = [{"about": {}}, *({"hours": hour, **window} for hour in hours)]
-    lines += [{"hours": hour, "RssAnon": 400 + megabytes_per_hour * hour} for hour in hours]
+    lines += [
+        {"hours": hour, "RssAnon": 400 + megabytes_per_hour * hour, "files": 7 + int(files_per_hour * hour), "threads": 4}
+        for hour in hours
+    ]
+    lines[-1]["files"] += 1  # that is open at the moment
     process = subprocess.Popen([sys.executable, "-c", ""])
     watched = soak.Watched("onnxruntime fp32", process, io.StringIO("\n".join(map(json.dumps, lines))))
     watched.samples = [
