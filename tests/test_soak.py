@@ -63,7 +63,12 @@ def test_memory_and_descriptors_are_judged_between_the_turns_and_not_within(
     window = {"masks": 9, "changed": 0, "median": 20.0}
     lines = [{"about": {}}, *({"hours": hour, **window} for hour in hours)]
     lines += [
-        {"hours": hour, "RssAnon": 400 + megabytes_per_hour * hour, "files": 7 + int(files_per_hour * hour), "threads": 4}
+        {
+            "hours": hour,
+            "RssAnon": 400 + megabytes_per_hour * hour,
+            "files": 7 + int(files_per_hour * hour),
+            "threads": 4,
+        }
         for hour in hours
     ]
     lines[-1]["files"] += 1  # that is open at the moment
