@@ -117,7 +117,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["cpp_over_python"]:
             low, median, high = row["cpp_over_python"]
             lines[-1] += (
-                f"   C++ over Python {median:.3f} [{low:.3f}, {high:.3f}], equal {row['cpp_fewest_equal']:.4%} and more"
+                f"   C++ over Python {median:.3f} [{low:.3f}, {high:.3f}], equal at least {row['cpp_fewest_equal']:.4%}"
             )
     return "\n".join(lines)
 

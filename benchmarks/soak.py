@@ -112,13 +112,11 @@ class Watched:
             for some in (self.windows, self.rests or self.samples)
         )
         low, rate, high = slope([each["hours"] for each in rests], [each["RssAnon"] for each in rests])
-        third = max(1, len(warm) // 3)
-        first, last = (statistics.median(each["median"] for each in some) for some in (warm[:third], warm[-third:]))
+        first, last = (statistics.median(each["median"] for each in some) for some in _ends(warm))
         changed, masks = (int(sum(each[key] for each in self.windows)) for key in ("changed", "masks"))
         # Between two turns as well, and the medians: a file that is just being read, or a thread that ends, is no leak.
-        parts = rests[: max(1, len(rests) // 3)], rests[-max(1, len(rests) // 3) :]
         counts = {
-            key: [int(statistics.median_low(each[key] for each in part)) for part in parts]
+            key: [int(statistics.median_low(each[key] for each in some)) for some in _ends(rests)]
             for key in ("files", "threads")
         }
         bounds = [value if math.isfinite(value) else None for value in (low, rate, high)]
@@ -137,6 +135,12 @@ class Watched:
             "windows": self.windows,
             "rests": self.rests,
         }
+
+
+def _ends(some: list[dict[str, float]]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """The first and the last third."""
+    third = max(1, len(some) // 3)
+    return some[:third], some[-third:]
 
 
 def _status(process: int | str) -> dict[str, float]:

@@ -87,6 +87,11 @@ def to_confidence(
     return _enlarged(np.floor(best * 255 + np.float32(0.5)).astype(np.uint8), size, enlarge)
 
 
+def to_colors(mask: NDArray[np.uint8], classes: Sequence[ClassInfo]) -> NDArray[np.uint8]:
+    """(H, W) class indices -> (H, W, 3) uint8, the colour of each one's class."""
+    return np.array([info.color for info in classes], np.uint8)[mask]
+
+
 def _enlarged(small: NDArray[np.uint8], size: tuple[int, int], enlarge: str) -> NDArray[np.uint8]:
     if small.shape == size:
         return small
@@ -148,8 +153,7 @@ def rightly_made(
         expected = to_confidence(logits, placement, (mask.shape[0], mask.shape[1]), enlarge)
         right &= np.abs(outputs["confidence"].astype(np.int16) - expected) <= 1
     if "colors" in outputs:
-        palette = np.array([info.color for info in classes], np.uint8)
-        right &= (outputs["colors"] == palette[mask]).all(-1)
+        right &= (outputs["colors"] == to_colors(mask, classes)).all(-1)
     return right
 
 

@@ -171,7 +171,7 @@ class Segmentation:
     def colors(self) -> NDArray[np.uint8]:
         """(H, W, 3), the colour of the mask's class, red, green, blue: a baked graph's, or computed."""
         if "colors" not in self._made:
-            self._made["colors"] = np.array([info.color for info in self.classes], np.uint8)[self.mask]
+            self._made["colors"] = postprocess.to_colors(self.mask, self.classes)
         return self._made["colors"]
 
 
