@@ -4,7 +4,9 @@
                                          confidence (H, W) uint8, colors (H, W, 3) uint8
 
 Both ends are written once, as ONNX; OpenVINO's are read from there. Resizing is the same tables as in `preprocess`, in
-pieces: an output sample has few inputs, and a table as wide as the frame would be mostly zeros.
+pieces: an output sample has few inputs, and a table as wide as the frame would be mostly zeros. By the rule
+"bilinear-fixed" the network gets the same bits as from `preprocess`, and gives the same. By the others the last bits
+differ, and in bf16 and int8 a single one of them may become other pixels: some 0.03 % of them at 1080p.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from msa2net.runtimes import postprocess, preprocess
 from msa2net.runtimes.backends import ADDED, FrameBackend, backend_class
 from msa2net.runtimes.bundle import BAKED_OUTPUTS, Artifact, Manifest
 from msa2net.runtimes.postprocess import nearest_grid
-from msa2net.runtimes.preprocess import MAX_PIXELS, MAX_SIDE, place, resize_table
+from msa2net.runtimes.preprocess import GREY_STEP, MAX_PIXELS, MAX_SIDE, ROUNDING, place, resize_table
 
 EXTRAS = BAKED_OUTPUTS[2:]
 _MOST_TAPS = 12  # up to which OpenVINO fuses weighted rows; beyond, and elsewhere, products of blocks are faster
@@ -131,8 +133,19 @@ class _Blocks:
         return self.table[number * self.size : (number + 1) * self.size, start : start + self.count]
 
 
-def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], width: int, fused: bool) -> str:
-    """(n, width) of uint8 or float32 -> (m, width) float32."""
+def _rounded(graph: _Graph, x: str, fused: bool) -> str:
+    """To multiples of `GREY_STEP`, halves to the even one."""
+    if fused:
+        x = graph.add("Round", graph.add("Mul", x, graph.number(1 / GREY_STEP)))
+        return graph.add("Mul", x, graph.number(GREY_STEP))
+    large = graph.number(float(ROUNDING))  # ONNX Runtime's Round takes three times as long
+    return graph.add("Sub", graph.add("Add", x, large), large)
+
+
+def _resize_rows(
+    graph: _Graph, x: str, table: NDArray[np.float32], width: int, fused: bool, exact: bool = False
+) -> str:
+    """(n, width) of uint8 or float32 -> (m, width) float32; `exact` as in `preprocess.resize`, of uint8."""
     target, source = table.shape
     if target == source:
         return graph.cast(x, TensorProto.FLOAT)
@@ -145,18 +158,21 @@ def _resize_rows(graph: _Graph, x: str, table: NDArray[np.float32], width: int, 
                 row = graph.cast(graph.gather(x, inputs, 0), TensorProto.FLOAT)
                 row = graph.add("Mul", row, graph.const(table[outputs, inputs][:, None]))
                 total = graph.add("Add", total, row) if total else row
-            pieces.append(total)
+            pieces.append(_rounded(graph, total, fused) if exact else total)
         return graph.add("Concat", *pieces, axis=0) if len(pieces) > 1 else pieces[0]
     # One after the other: the float32 of a block stays in the cache, that of a frame would not.
     blocks, parts = _Blocks.of(table, _BLOCK), []
     for k, start in enumerate(blocks.starts):
         piece = graph.cast(graph.slice(x, int(start), int(start) + blocks.count, 0), TensorProto.FLOAT)
         parts.append(graph.add("MatMul", graph.const(blocks.weights(k)), piece))
-    return graph.add("Concat", *parts, axis=0)
+    x = graph.add("Concat", *parts, axis=0)
+    return _rounded(graph, x, fused) if exact else x
 
 
-def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], height: int, planes: int, fused: bool) -> str:
-    """(height, n * planes) float32, the planes of a pixel side by side -> (planes, height, m)."""
+def _resize_columns(
+    graph: _Graph, x: str, table: NDArray[np.float32], height: int, planes: int, fused: bool, exact: bool = False
+) -> str:
+    """(height, n * planes) float32, the planes of a pixel side by side -> (planes, height, m); `exact` as for rows."""
     target, source = table.shape
     # OpenVINO multiplies the planes as they lie; elsewhere that would be three times as many inputs, most of them 0.
     apart = not fused or planes == 1
@@ -172,9 +188,29 @@ def _resize_columns(graph: _Graph, x: str, table: NDArray[np.float32], height: i
             weights = np.kron(blocks.weights(k).T, np.eye(beside, dtype=np.float32))
             parts.append(graph.add("MatMul", piece, graph.const(weights)))
         x = graph.add("Concat", *parts, axis=1)
+        x = _rounded(graph, x, fused) if exact else x
     if apart:
         return graph.reshape(x, planes, height, target)
     return graph.add("Transpose", graph.reshape(x, height, target, planes), perm=[2, 0, 1])
+
+
+def _normalised(graph: _Graph, x: str, manifest: Manifest, exact: bool) -> None:
+    """(1, 1 or C, h, w) of grey levels -> `image` (1, C, h, w), as `preprocess.to_tensor` makes it.
+
+    exact   for multiples of `GREY_STEP` in OpenVINO, which multiplies by a rounded inverse where it should divide: each
+            is looked up
+    """
+    contract = manifest.input
+    mean, std = (np.asarray(each, np.float32).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
+    if not exact:
+        x = graph.add("Sub", graph.add("Div", x, graph.number(255)), graph.const(mean))
+        graph.add("Div", x, graph.const(std), output="image")
+        return
+    levels = np.arange(round(255 / GREY_STEP) + 1, dtype=np.float32) * np.float32(GREY_STEP)
+    table = (levels / np.float32(255) - mean) / std  # (1, C, 1, levels)
+    x = graph.cast(graph.add("Mul", x, graph.number(1 / GREY_STEP)), TensorProto.INT32)
+    first = (np.arange(contract.channels, dtype=np.int32) * len(levels)).reshape(1, -1, 1, 1)
+    graph.add("Gather", graph.const(table.ravel()), graph.add("Add", x, graph.const(first)), axis=0, output="image")
 
 
 def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
@@ -182,22 +218,19 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
 
     fused   for OpenVINO, which fuses weighted rows: these instead of products of blocks, where there are few
     """
-    contract = manifest.input
+    contract, exact = manifest.input, manifest.input.resize == "bilinear-fixed"
     graph, spot, planes = _Graph("front"), place(contract, size.rows, size.columns), 3 if size.colour else 1
     x = graph.reshape("frame", size.rows, size.columns * planes)
     rows = resize_table(contract.resize, size.rows, spot.height)
-    x = _resize_rows(graph, x, rows, size.columns * planes, fused)
+    x = _resize_rows(graph, x, rows, size.columns * planes, fused, exact)
     columns = resize_table(contract.resize, size.columns, spot.width)
-    x = _resize_columns(graph, x, columns, spot.height, planes, fused)
+    x = _resize_columns(graph, x, columns, spot.height, planes, fused, exact)
     x = graph.reshape(x, 1, planes, spot.height, spot.width)
     below, right = contract.height - spot.top - spot.height, contract.width - spot.left - spot.width
     if below or right or spot.top or spot.left:
         edges = np.array([0, 0, spot.top, spot.left, 0, 0, below, right], np.int64)
         x = graph.add("Pad", x, graph.const(edges))
-    # In the order of `to_tensor`: the fewer last bits differ, the fewer values int8 rounds another way.
-    mean, std = (np.asarray(each, np.float32).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
-    x = graph.add("Sub", graph.add("Div", x, graph.number(255)), graph.const(mean))
-    graph.add("Div", x, graph.const(std), output="image")
+    _normalised(graph, x, manifest, exact and fused)
     image = (1, contract.channels, contract.height, contract.width)
     return _model(graph, "front", [("frame", TensorProto.UINT8, size.shape)], [("image", TensorProto.FLOAT, image)])
 
@@ -276,21 +309,22 @@ def agreement(
     size: FrameSize,
     extras: Sequence[str],
     frames: int = 4,
-) -> float:
+) -> tuple[float, float]:
     """The share of pixels in which the graph's masks of phantoms are those of the artifact behind `preprocess`, and its
-    extras what its own logits ask for: the mean of `frames`.
+    extras what its own logits ask for: the mean of `frames`; and the largest difference between their logits.
     """
     network = _opened(folder, manifest, artifact, [file.path for file in artifact.files])
     whole = _opened(folder, manifest, artifact, files)
-    equal = []
+    equal, differences = [], []
     for case in parity.shaped_cases(size.shape, frames):
         (raw,) = network(preprocess.to_tensor(case.frame, manifest.input))
-        _, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
+        maps, mask, _ = postprocess.finish(raw, manifest, size.rows, size.columns)
         made = dict(zip(("logits", "mask", *extras), whole(case.frame), strict=True))
         logits, found, placement = postprocess.check_baked(made, manifest, size.rows, size.columns)
         right = postprocess.rightly_made(made, logits, placement, manifest.enlarge, manifest.classes)
         equal.append(float(((mask == found) & right).mean()))
-    return sum(equal) / frames
+        differences.append(float(np.abs(maps - logits).max()))
+    return sum(equal) / frames, max(differences)
 
 
 def _opened(

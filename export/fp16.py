@@ -90,7 +90,7 @@ def emulation(file: Path) -> Infer:
 
 def ranges(model: ModelProto, tensors: Sequence[NDArray[np.float32]]) -> dict[str, tuple[float, float]]:
     """By computing node, the largest |value| that it gives, and that it sums inside, as a norm does and a mean."""
-    shapes = _shapes(model)
+    shapes = typed_shapes(model)
     computing = [node for node in model.graph.node if node.op_type not in _MOVES]
     names = {name: node for node in computing for name in node.output if shapes[name][0] == FLOAT}
     probed = ModelProto()
@@ -149,7 +149,7 @@ def unfit(
 
 def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
     """The fp32 model with everything in fp16 but the nodes named in `kept`, its inputs and its outputs."""
-    shapes = _shapes(model)
+    shapes = typed_shapes(model)
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
@@ -203,7 +203,7 @@ def convert(model: ModelProto, kept: Collection[str]) -> ModelProto:
 
 def emulated(model: ModelProto) -> ModelProto:
     """A model in fp16 as one in fp32 that rounds to fp16 wherever the other writes a tensor in it."""
-    shapes = _shapes(model)
+    shapes = typed_shapes(model)
     nodes = []
     for node in model.graph.node:
         rounded = [] if node.op_type in _MOVES else [name for name in node.output if shapes[name][0] == HALF]
@@ -236,7 +236,7 @@ def with_nodes(model: ModelProto, nodes: Iterable[NodeProto], tensors: Iterable[
     return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
-def _shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
+def typed_shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Type and shape of every tensor; a side that grows with the batch counts as for one image, or as 1."""
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     found = {tensor.name: (tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer}

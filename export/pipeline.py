@@ -104,8 +104,9 @@ _GOLDEN_CASES, _SCAN_CASES = 2, 8
 _TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it is
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
 _MOST_LOST = LEVELS["high"][1] * 2 / 3  # points of the worst image: other images than the judged ones lose more
-# Of a baked graph's pixels, those of the artifact behind `preprocess`. Sums in another order change the last bits of
-# the image, and of some hundred thousand values a lower precision rounds a few the other way.
+# Of a baked graph's pixels, those of the artifact behind `preprocess`: all, by the rule "bilinear-fixed". By another,
+# sums in another order change the image's last bits, and of some hundred thousand values bf16 and int8 round a few the
+# other way.
 LEAST_EQUAL_BAKED = {"fp32": 0.9999, "lower": 0.9995}
 _ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
 _RANKED_ON = 4  # of the calibration images: there are five times as many places in int8 as in bf16
@@ -153,7 +154,8 @@ def export_bundle(
     fit         "stretch", or "letterbox" to keep the frame's aspect
     enlarge     "nearest", "aligned" (nearest on the spline's grid), "bilinear" to enlarge probabilities instead of the
                 mask; None: "aligned" with "spline", else "nearest"
-    resize      "bilinear", "spline" (the released pipeline's), or None: what the metadata says, else "bilinear"
+    resize      "bilinear", "bilinear-fixed" (the same in fixed-point numbers: the same bits in every graph), "spline"
+                (the released pipeline's); None: what the metadata says, and "bilinear-fixed" for "bilinear" or nothing
     data        images for the accuracy check as "KIND:PATH", see `msa2net.core.data`; if they have labels, Dice is
                 against these, else against the fp32 mask. Phantoms, without labels, if None. None goes into the bundle.
     calibrate   images that int8's ranges are taken from, as `data`; phantoms if None. Not those of `data`: what is
@@ -214,7 +216,7 @@ def export_bundle(
     if fine_tuned is not None:
         checkpoints["fine-tuned checkpoint"] = digest_of_path(Path(fine_tuned))
     said = read.metadata
-    resize = resize or said.get("resize", "bilinear")
+    resize = resize or {"bilinear": "bilinear-fixed"}.get(trained := said.get("resize", "bilinear"), trained)
     if resize not in RESIZE_RULES:
         raise CheckpointError(
             read.path,
@@ -440,11 +442,14 @@ def _bake(
             bar.set_postfix_str(f"{artifact.name}, {size}")
             files = baking.write(folder, manifest, artifact, size, extras)
             least = LEAST_EQUAL_BAKED["fp32" if artifact.precision == "fp32" else "lower"]
-            if (found := baking.agreement(folder, manifest, artifact, files, size, extras)) < least:
+            found, difference = baking.agreement(folder, manifest, artifact, files, size, extras)
+            limit = artifact.tolerance.logit
+            if found < least or difference > limit:
                 raise ExportError(
                     f"{artifact.name}, baked for {size}",
-                    f"{found:.4%} of the pixels of phantoms are equal to those without it",
-                    f"expected {least:.2%}",
+                    f"{found:.4%} of the pixels of phantoms are equal to those without it, logits differ by "
+                    f"{difference:.2g}",
+                    f"expected {least:.2%}, and at most {limit:.2g}",
                     "Leave --bake out, and report it.",
                 )
             about = {"frame": list(size.shape), "outputs": [*BAKED_OUTPUTS[:2], *extras], "pixel_agreement": found}

@@ -25,14 +25,15 @@ from typing import Any
 from msa2net.errors import BundleError, RuntimeUnavailableError
 from msa2net.runtimes import graphs
 
-SCHEMA_VERSION = (3, 3)
-READS = (2, 3)  # major versions
+SCHEMA_VERSION = (4, 0)
+READS = (2, 3, 4)  # major versions
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-portable")
-RESIZE_RULES = ("bilinear", "spline")
+RESIZE_RULES = ("bilinear", "bilinear-fixed", "spline")
 FITS = ("stretch", "letterbox")
 ENLARGE_RULES = ("nearest", "aligned", "bilinear")
-ENLARGE_OF = {"bilinear": "nearest", "spline": "aligned"}  # the way back on the grid of a resize rule
+# The way back on the grid of a resize rule.
+ENLARGE_OF = {"bilinear": "nearest", "bilinear-fixed": "nearest", "spline": "aligned"}
 BAKED_OUTPUTS = ("logits", "mask", "confidence", "colors")  # in this order; the first two always
 # Of an artifact's files, by runtime: the ending says what a graph is held against before its runtime parses it.
 ENDINGS = {

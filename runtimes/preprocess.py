@@ -20,6 +20,13 @@ from msa2net.runtimes.bundle import MOST_SIDE, InputContract
 
 MAX_PIXELS = 2**26  # rows x columns: a little over 8k x 8k; a bigger claim is an attack or a mistake
 MAX_SIDE = MOST_SIDE  # rows or columns: a weight table is as wide as its side
+# By the rule "bilinear-fixed", weights are multiples of the first, and a uint8 frame's values are rounded to multiples
+# of the second along each axis. Then no sum needs more than the 24 bits of a float32: in any order, in numpy or in a
+# graph, and on any CPU, it is exact, and the network's input the same to the last bit.
+WEIGHT_STEP, GREY_STEP = 2.0**-11, 2.0**-5
+# Added to it, a float32 from 0 to 255 has no bits left below a `GREY_STEP`: taken off again, the sum is the value
+# rounded, halves to the even multiple.
+ROUNDING = np.float32(1.5 * 2**23 * GREY_STEP)
 _BAND = 7  # output rows resized at once, from the input rows that they need
 # Multiply-adds up to which OpenBLAS, numpy's matrix library, works on the calling thread alone. For more it wakes
 # others, which then spin for 30 ms: on two cores the inference that follows took up to five times as long.
@@ -119,11 +126,25 @@ def bilinear_table(source: int, target: int) -> NDArray[np.float32]:
     Output i lies at (i + 1/2) source / target of the input; input j weighs 1 - |j + 1/2 - that| / s, not below 0, with
     s = max(1, source / target): Pillow's BILINEAR filter.
     """
+    return _triangles(source, target).astype(np.float32)
+
+
+def _triangles(source: int, target: int) -> NDArray[np.float64]:
     scale = source / target
     centre = (np.arange(target) + 0.5) * scale
     distance = np.abs(np.arange(source) + 0.5 - centre[:, None]) / max(1.0, scale)
     weights = np.clip(1 - distance, 0, None)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    normalised: NDArray[np.float64] = weights / weights.sum(1, keepdims=True)
+    return normalised
+
+
+def fixed_table(source: int, target: int) -> NDArray[np.float32]:
+    """`bilinear_table` in multiples of `WEIGHT_STEP`: the running sums of a row are rounded, so that it still sums to 1
+    and the table is still its own mirror image.
+    """
+    running = np.cumsum(_triangles(source, target), axis=1) / WEIGHT_STEP
+    # What a half becomes must not hang on a last bit, in which a row differs from its mirror image.
+    return (np.diff(np.rint(running.round(6)), prepend=0) * WEIGHT_STEP).astype(np.float32)
 
 
 def spline_table(source: int, target: int) -> NDArray[np.float32]:
@@ -154,7 +175,7 @@ def spline_table(source: int, target: int) -> NDArray[np.float32]:
     return weights.astype(np.float32)
 
 
-_TABLES = {"bilinear": bilinear_table, "spline": spline_table}
+_TABLES = {"bilinear": bilinear_table, "bilinear-fixed": fixed_table, "spline": spline_table}
 
 
 @lru_cache(maxsize=32)
@@ -175,18 +196,21 @@ def place(contract: InputContract, rows: int, columns: int) -> Placement:
 
 
 def resize(image: NDArray[Any], rule: str, height: int, width: int) -> NDArray[np.float32]:
-    """(H, W, C) of any real dtype -> (C, height, width) float32, in the values' own scale."""
+    """(H, W, C) of any real dtype -> (C, height, width) float32, in the values' own scale; of uint8 by the rule
+    "bilinear-fixed", multiples of `GREY_STEP`.
+    """
     rows, columns, channels = image.shape
+    exact = image.dtype == np.uint8 and rule == "bilinear-fixed"
     if rows == height:
         narrowed = image.astype(np.float32)
     else:
-        narrowed = _apply(rule, height, image.reshape(rows, columns * channels)).reshape(height, columns, channels)
+        narrowed = _apply(rule, height, image.reshape(rows, columns * channels), exact)
+        narrowed = narrowed.reshape(height, columns, channels)
     planes = np.ascontiguousarray(narrowed.transpose(2, 0, 1))
     if columns == width:
         return planes
-    return np.ascontiguousarray(_apply(rule, width, planes.reshape(channels * height, columns).T).T).reshape(
-        channels, height, width
-    )
+    narrowed = _apply(rule, width, planes.reshape(channels * height, columns).T, exact)
+    return np.ascontiguousarray(narrowed.T).reshape(channels, height, width)
 
 
 def reserve_memory() -> None:
@@ -196,8 +220,11 @@ def reserve_memory() -> None:
     resize(np.zeros((300, 400, 3), np.uint8), "bilinear", 224, 224)
 
 
-def _apply(rule: str, target: int, pixels: NDArray[Any]) -> NDArray[np.float32]:
-    """Resizes the first axis: (source, N) of any real dtype -> (target, N) float32, in products of `_ONE_THREAD`."""
+def _apply(rule: str, target: int, pixels: NDArray[Any], exact: bool) -> NDArray[np.float32]:
+    """Resizes the first axis: (source, N) of any real dtype -> (target, N) float32, in products of `_ONE_THREAD`.
+
+    exact   round the results to multiples of `GREY_STEP`
+    """
     source, count = pixels.shape
     table = resize_table(rule, source, target)
     out = np.empty((target, count), np.float32)
@@ -205,10 +232,13 @@ def _apply(rule: str, target: int, pixels: NDArray[Any]) -> NDArray[np.float32]:
         band = table[start : start + _BAND]
         used = np.flatnonzero(band.any(0))
         first, last = used[0], used[-1] + 1
-        step = max(1, _ONE_THREAD // (len(band) * (last - first)))
-        for at in range(0, count, step):
-            part = pixels[first:last, at : at + step].astype(np.float32, copy=False)
-            out[start : start + _BAND, at : at + step] = band[:, first:last] @ part
+        wide = max(1, _ONE_THREAD // (len(band) * (last - first)))
+        for at in range(0, count, wide):
+            part = band[:, first:last] @ pixels[first:last, at : at + wide].astype(np.float32, copy=False)
+            if exact:
+                part += ROUNDING
+                part -= ROUNDING
+            out[start : start + _BAND, at : at + wide] = part
     return out
 
 

@@ -124,7 +124,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     manifest = parse_manifest(SAMPLE.encode())
-    assert manifest.schema_version == SCHEMA_VERSION == (3, 3)
+    assert manifest.schema_version == SCHEMA_VERSION == (4, 0)
     assert (manifest.model_name, manifest.model_version, manifest.model_variant) == ("lesion", "2.1", "tiny")
     assert manifest.notice == "Not a medical device. Validate before any clinical use."
     assert manifest.model_config["depths"] == [1, 1, 1, 1]
@@ -132,7 +132,7 @@ def test_the_sample_of_the_format_document_parses_to_what_it_says() -> None:
     contract = manifest.input
     assert (contract.height, contract.width, contract.channels) == (224, 224, 3)
     assert (contract.mean, contract.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert (contract.resize, contract.fit, manifest.enlarge) == ("bilinear", "stretch", "nearest")
+    assert (contract.resize, contract.fit, manifest.enlarge) == ("bilinear-fixed", "stretch", "nearest")
     assert [a.name for a in manifest.artifacts] == ["openvino fp32", "onnxruntime fp32", "pytorch fp32"]
     first = manifest.artifacts[0]
     assert [f.path for f in first.files] == ["openvino/model.xml", "openvino/model.bin"]
@@ -164,7 +164,7 @@ def test_the_format_document_names_every_verdict_and_resize_rule() -> None:
     table = DOCUMENT.split("## 4.")[1].split("### Sample")[0]
     rows = {row.split("|")[1].strip(): row.split("|")[2] for row in table.splitlines() if row.startswith("| `")}
     assert set(re.findall(r"`\"([a-z]+)\"`", rows["`artifacts[].parity.verdict`"])) == set(VERDICTS)
-    assert set(re.findall(r"`\"([a-z]+)\"`", rows["`input.resize`"])) == set(RESIZE_RULES)
+    assert set(re.findall(r"`\"([a-z-]+)\"`", rows["`input.resize`"])) == set(RESIZE_RULES)
 
 
 def test_the_format_document_names_every_figure_that_an_export_records() -> None:
@@ -599,7 +599,7 @@ WRONG: list[tuple[tuple[str | int, ...], Any, str, str]] = [
     (("input", "mean", 1), 10**400, f"got 1{'0' * 36}...", NUMBER_1E6),
     (("input", "mean", 1), False, "got false", NUMBER_1E6),
     (("input", "std", 0), 0, "got 0", "expected a number from 1e-06 to 1e+06"),
-    (("input", "resize"), "cubic", 'got "cubic"', "expected 'bilinear' or 'spline'"),
+    (("input", "resize"), "cubic", 'got "cubic"', "expected 'bilinear' or 'bilinear-fixed' or 'spline'"),
     (("input", "fit"), "crop", 'got "crop"', "expected 'stretch' or 'letterbox'"),
     (("output", "enlarge"), "", 'got ""', "expected 'nearest' or 'aligned' or 'bilinear'"),
     (("artifacts",), [], "got a list of 0", "expected a list of 1 to 1000000 entries"),
@@ -706,22 +706,22 @@ def test_json_that_is_no_object_is_refused(root: Path, content: bytes, found: st
     assert parts(refused(root)) == (f"{MANIFEST} $", found, "expected an object", EXPORT)
 
 
-@pytest.mark.parametrize("version", ["0.9", "1.0", "4.0", "10.0"])
+@pytest.mark.parametrize("version", ["0.9", "1.0", "5.0", "10.0"])
 def test_another_major_version_is_refused_before_any_other_field_is_read(root: Path, version: str) -> None:
     set_manifest(root, json.dumps({"schema_version": version, "model": 7}).encode())
     assert parts(refused(root)) == (
         f"{MANIFEST} $.schema_version",
         f"got version {version}",
-        "expected 2.x or 3.x",
+        "expected 2.x or 3.x or 4.x",
         "Install the msa2net-edge that wrote the bundle, or export again with this one.",
     )
 
 
 def test_a_newer_minor_version_is_read_with_a_warning(root: Path) -> None:
-    edit(root, lambda d: d.update(schema_version="3.7", future={"a": 1}))
-    with pytest.warns(UserWarning, match=r"^the bundle's schema 3\.7 is newer than this package's: what is new in it"):
+    edit(root, lambda d: d.update(schema_version="4.7", future={"a": 1}))
+    with pytest.warns(UserWarning, match=r"^the bundle's schema 4\.7 is newer than this package's: what is new in it"):
         opened = Bundle(root)
-    assert opened.manifest.schema_version == (3, 7)
+    assert opened.manifest.schema_version == (4, 7)
     assert opened.manifest.model_name == "lesion"
 
 
@@ -735,7 +735,7 @@ def test_a_bundle_without_verdicts_is_refused_by_its_version(root: Path) -> None
 
     edit(root, change)
     assert str(refused(root)) == (
-        "manifest.json $.schema_version: got version 1.0, expected 2.x or 3.x. "
+        "manifest.json $.schema_version: got version 1.0, expected 2.x or 3.x or 4.x. "
         "Install the msa2net-edge that wrote the bundle, or export again with this one."
     )
 

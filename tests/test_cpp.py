@@ -333,7 +333,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         "manifest.json: its objects lie too deep in each other",
     ),
     "a field twice": (manifest_of(b'{"a": 1, "a": 2}'), "manifest.json: an object has one field twice"),
-    "another schema": (edited(lambda d: d.update(schema_version="4.0")), "manifest.json: got schema version 4.0"),
+    "another schema": (edited(lambda d: d.update(schema_version="5.0")), "manifest.json: got schema version 5.0"),
     "no input": (edited(lambda d: d.pop("input")), "manifest.json: [json.exception.out_of_range"),
     "one class": (edited(lambda d: d.update(classes=d["classes"][:1])), "manifest.json: 1 classes, expected 2 to 256"),
     "failed": (

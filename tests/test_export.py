@@ -309,7 +309,7 @@ def test_a_mask_goes_back_on_the_grid_that_its_frame_came_by(
 ) -> None:
     bundle = quick(checkpoint, tmp_path / "b", resize=resize, enlarge=enlarge)
     manifest = Bundle(bundle).manifest
-    assert (manifest.input.resize, manifest.enlarge) == (resize or "bilinear", expected)
+    assert (manifest.input.resize, manifest.enlarge) == (resize or "bilinear-fixed", expected)
 
 
 def test_a_grey_network_gets_one_channel_and_grey_golden_frames(
@@ -487,8 +487,13 @@ def test_a_data_set_without_images_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("said", "named", "expected"),
-    [({}, None, "bilinear"), ({"resize": "spline"}, None, "spline"), ({"resize": "spline"}, "bilinear", "bilinear")],
-    ids=["nobody", "checkpoint", "caller"],
+    [
+        ({}, None, "bilinear-fixed"),
+        ({"resize": "bilinear"}, None, "bilinear-fixed"),
+        ({"resize": "spline"}, None, "spline"),
+        ({"resize": "spline"}, "bilinear", "bilinear"),
+    ],
+    ids=["nobody", "checkpoint", "another checkpoint", "caller"],
 )
 def test_the_resize_rule_is_the_callers_then_the_checkpoints(
     quick: Callable[..., Path], tmp_path: Path, said: dict[str, str], named: str | None, expected: str
@@ -507,7 +512,7 @@ def test_a_checkpoint_of_an_unknown_resize_rule_is_refused(quick: Callable[..., 
     with pytest.raises(CheckpointError) as caught:
         quick(path, tmp_path / "b")
     assert str(caught.value) == (
-        f"{path}: its metadata 'resize' is 'lanczos', expected one of bilinear, spline. Give --resize."
+        f"{path}: its metadata 'resize' is 'lanczos', expected one of bilinear, bilinear-fixed, spline. Give --resize."
     )
     assert [file.name for file in tmp_path.iterdir()] == ["w.safetensors"]
 
@@ -557,7 +562,7 @@ def test_a_checkpoint_of_an_unknown_resize_rule_is_refused(quick: Callable[..., 
         (
             {"resize": "lanczos"},
             ExportError,
-            "resize: got 'lanczos', expected one of bilinear, spline, None. Pick one.",
+            "resize: got 'lanczos', expected one of bilinear, bilinear-fixed, spline, None. Pick one.",
         ),
         (
             {"data": "photos:folder"},

@@ -18,9 +18,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import msa2net.runtimes.backends as backends
 from msa2net.errors import ExportError, RuntimeUnavailableError
-from msa2net.export import export_bundle, fp16, onnx_file, openvino_ir, parity, pipeline, precision
-from msa2net.runtimes import Predictor
-from msa2net.runtimes.bundle import MANIFEST
+from msa2net.export import export_bundle, fp16, fp16_sums, onnx_file, openvino_ir, parity, pipeline, precision
+from msa2net.runtimes import Predictor, preprocess
+from msa2net.runtimes.bundle import MANIFEST, Bundle
 from msa2net.runtimes.predictor import DEMO_BUNDLE
 
 DEMO = Path(__file__).resolve().parents[1] / "core" / "demo.safetensors"
@@ -159,7 +159,7 @@ def run(model: ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def types(model: ModelProto) -> dict[str, int]:
-    return {name: kind for name, (kind, _) in fp16._shapes(model).items()}
+    return {name: kind for name, (kind, _) in fp16.typed_shapes(model).items()}
 
 
 SQUARE = (
@@ -265,6 +265,99 @@ def test_a_constant_that_both_precisions_read_is_there_in_both() -> None:
     assert (run(fp16.emulated(half), x) == expected).all()
 
 
+def summed(a: NDArray[np.float16], b: NDArray[np.float16]) -> NDArray[np.float16]:
+    """(M, K) @ (K, N), each product added and rounded to fp16 before the next."""
+    total = np.zeros((len(a), b.shape[1]), np.float16)
+    for k in range(a.shape[1]):
+        total = (total + np.outer(a[:, k].astype(np.float64), b[k].astype(np.float64))).astype(np.float16)
+    return total
+
+
+def in_fp16_sums(
+    tmp_path: Path,
+    x: NDArray[np.float32],
+    outcome: tuple[int, ...],
+    node: onnx.NodeProto,
+    **constants: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """image -> `node`, which reads it as "x" and gives "y" -> logits, as Arm's kernels compute it in fp16."""
+    graph = helper.make_graph(
+        [node],
+        "network",
+        [helper.make_tensor_value_info("image", FLOAT, x.shape)],
+        [helper.make_tensor_value_info("logits", FLOAT, outcome)],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(fp16.convert(model, ()).SerializeToString())
+    return fp16_sums.emulation(tmp_path / "model.onnx")(x)
+
+
+def test_a_sum_in_fp16_loses_what_one_in_fp32_holds(tmp_path: Path) -> None:
+    """2048 and then ones: in fp16, 2049 is 2048 again, as often as one is added."""
+    x = np.ones((1, 65), np.float32)
+    weights = np.ones((65, 2), np.float32)
+    weights[0] = 2048, 2
+    node = helper.make_node("MatMul", ["image", "weights"], ["logits"], name="place/product")
+    assert in_fp16_sums(tmp_path, x, (1, 2), node, weights=weights).tolist() == [[2048, 66]]
+    assert fp16.emulation(tmp_path / "model.onnx")(x).tolist() == [[2112, 66]]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_with_a_bias_sums_in_fp16(tmp_path: Path, turned: bool) -> None:
+    rng = np.random.default_rng(0)
+    x, weights, bias = (rng.normal(size=size).astype(np.float16) for size in ((5, 300), (300, 7), (7,)))
+    node = helper.make_node(
+        "Gemm", ["image", "weights", "bias"], ["logits"], name="place/product", transB=int(turned), alpha=0.5
+    )
+    wide = {"weights": weights.T.copy() if turned else weights, "bias": bias}
+    found = in_fp16_sums(
+        tmp_path, x.astype(np.float32), (5, 7), node, **{name: each.astype(np.float32) for name, each in wide.items()}
+    )
+    expected = np.float32(0.5) * summed(x, weights).astype(np.float32) + bias.astype(np.float32)
+    assert np.array_equal(found, expected.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_sums_in_fp16(tmp_path: Path, groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    x = rng.normal(size=(1, 4, 9, 8)).astype(np.float16)
+    weights = rng.normal(size=(8, 4 // groups, 3, 2)).astype(np.float16)
+    bias = rng.normal(size=8).astype(np.float16)
+    node = helper.make_node(
+        "Conv",
+        ["image", "weights", "bias"],
+        ["logits"],
+        name="place/conv",
+        group=groups,
+        strides=[2, 1],
+        dilations=[1, 2],
+        pads=[1, 0, 2, 3],
+    )
+    found = in_fp16_sums(
+        tmp_path,
+        x.astype(np.float32),
+        (1, 8, 5, 9),
+        node,
+        weights=weights.astype(np.float32),
+        bias=bias.astype(np.float32),
+    )
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 2), (0, 3)))[0]
+    for channel, row, column in np.ndindex(8, 5, 9):
+        first = channel // (8 // groups) * (4 // groups)
+        seen = padded[first : first + 4 // groups, 2 * row : 2 * row + 3, column : column + 3 : 2]
+        total = summed(weights[channel].reshape(1, -1), seen.reshape(-1, 1))[0, 0]
+        assert found[0, channel, row, column] == np.float16(np.float32(total) + np.float32(bias[channel]))
+
+
+def test_what_stays_in_fp32_sums_in_it(tmp_path: Path) -> None:
+    weights = np.ones((4, 4), np.float32)
+    weights[0] = 2048
+    model = network(helper.make_node("MatMul", ["image", "weights"], ["logits"]), weights=weights)
+    (tmp_path / "model.onnx").write_bytes(fp16.convert(model, {"place/logits"}).SerializeToString())
+    assert fp16_sums.emulation(tmp_path / "model.onnx")(np.ones((1, 4), np.float32)).tolist() == [[2051] * 4]
+
+
 def test_weights_beyond_the_range_are_refused_by_name() -> None:
     model = network(helper.make_node("Mul", ["image", "large"], ["logits"]), large=np.float32([1e5]))
     with pytest.raises(ExportError, match="fp16: large: has weights beyond 65504"):
@@ -308,6 +401,12 @@ def test_an_fp16_artifact_is_judged_ranked_and_half_the_size_and_is_no_fp32_on_t
     assert entry["parity"]["verdict"] == "high"
     assert 0 < entry["parity"]["logit_difference"] < 0.1
     assert entry["tolerance"]["logit"] < 0.2
+    golden = [np.load(bundle / "golden" / f"0_{name}.npy") for name in ("frame", "logits")]
+    tensor = preprocess.to_tensor(golden[0], Bundle(bundle).manifest.input)
+    summed_in_fp16 = fp16_sums.emulation(bundle / "onnx/model-fp16.onnx")(tensor)[0]
+    summed_in_fp32 = fp16.emulation(bundle / "onnx/model-fp16.onnx")(tensor)[0]
+    off, less = (float(np.abs(each - golden[1]).max()) for each in (summed_in_fp16, summed_in_fp32))
+    assert less < off <= entry["tolerance"]["logit"] / parity.MARGIN
     scan = entry["precision_scan"]
     assert scan["steps"][0]["verdict"] == "high"
     assert scan["kept"] == []

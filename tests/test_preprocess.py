@@ -19,9 +19,11 @@ from msa2net.runtimes.postprocess import aligned_index, check_logits, nearest_in
 from msa2net.runtimes.preprocess import (
     MAX_PIXELS,
     MAX_SIDE,
+    WEIGHT_STEP,
     Placement,
     bilinear_table,
     check_frame,
+    fixed_table,
     place,
     resize,
     resize_table,
@@ -102,6 +104,57 @@ def test_the_table_of_equal_sizes_is_the_identity(size: int) -> None:
 )
 def test_a_resize_table_holds_these_weights(source: int, target: int, rows: list[list[float]]) -> None:
     np.testing.assert_allclose(bilinear_table(source, target), rows, atol=1e-7)
+
+
+@MANY
+@given(SIDES, SIDES)
+@example(MAX_SIDE, 3)
+@example(3, MAX_SIDE)
+@example(1080, 224)
+def test_a_fixed_table_is_the_bilinear_one_in_whole_steps(source: int, target: int) -> None:
+    table = fixed_table(source, target)
+    assert np.array_equal(table, table[::-1, ::-1])
+    assert (table >= 0).all()
+    steps = table / WEIGHT_STEP
+    assert np.array_equal(steps, np.rint(steps))
+    assert (steps.sum(1, dtype=np.float64) == 1 / WEIGHT_STEP).all()
+    assert np.abs(table - bilinear_table(source, target)).max() <= 1.001 * WEIGHT_STEP
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "steps"),
+    [
+        pytest.param(2, 4, [[2048, 0], [1536, 512], [512, 1536], [0, 2048]], id="up"),
+        # 3/7, 6/7 and 1 of 2048 are 877.7, 1755.4 and 2048.
+        pytest.param(4, 2, [[878, 877, 293, 0], [0, 293, 877, 878]], id="down"),
+        pytest.param(3, 1, [[585, 878, 585]], id="to one pixel"),
+    ],
+)
+def test_a_fixed_table_holds_these_weights(source: int, target: int, steps: list[list[int]]) -> None:
+    assert (fixed_table(source, target) * 2048).tolist() == steps
+
+
+@MANY
+@given(SIDES, SIDES, SIDES, SIDES, st.integers(0, 99))
+@example(1080, 1920, 224, 224, 0)
+@example(1, 300, 224, 224, 0)
+def test_fixed_resizing_is_what_whole_numbers_give(rows: int, columns: int, height: int, width: int, seed: int) -> None:
+    """Weights in 2048ths, values in 32nds, halves to the even one: BUNDLE.md, section 6, in integers of 64 bits."""
+
+    def along(values: NDArray[np.int64], source: int, target: int) -> NDArray[np.int64]:
+        if source == target:
+            return values
+        sums = (fixed_table(source, target) * 2048).astype(np.int64) @ values
+        return (sums + 1023 + (sums >> 11 & 1)) >> 11
+
+    image = noise((rows, columns, 1), seed)
+    upright = along(32 * image[..., 0].astype(np.int64), rows, height)
+    expected = along(upright.T, columns, width).T
+    found = resize(image, "bilinear-fixed", height, width)
+    assert np.array_equal(found[0], expected / np.float32(32))
+    flipped = resize(image[::-1, ::-1], "bilinear-fixed", height, width)
+    assert np.array_equal(flipped[:, ::-1, ::-1], found)
+    assert np.abs(found - resize(image, "bilinear", height, width)).max() <= 0.4
 
 
 def test_a_shared_resize_table_cannot_be_written() -> None:

@@ -243,7 +243,7 @@ def test_what_metadata_says_of_pixels_must_be_readable(tmp_path: Path, capsys: p
     assert capsys.readouterr().err == expected
     save_checkpoint(path, state, {"resize": "lanczos"})
     assert train.main(["--data", "phantoms:4", "--start", str(path), "--output", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "error: --resize: got lanczos, expected one of bilinear, spline\n"
+    assert capsys.readouterr().err == "error: --resize: got lanczos, expected one of bilinear, bilinear-fixed, spline\n"
 
 
 def test_a_fine_tune_resizes_as_its_start_did_whatever_the_preset(tmp_path: Path) -> None:

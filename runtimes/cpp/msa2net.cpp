@@ -342,9 +342,10 @@ std::string sides(const std::vector<std::int64_t>& shape) {
 Manifest parse_manifest(const Json& root, const std::map<std::string, std::string>& sums, const std::string& precision,
                         const std::vector<std::int64_t>& shape) {
   const std::string version = root.at("schema_version").get<std::string>();
-  const bool known = version.size() > 2 && version.size() < 7 && version.rfind("3.", 0) == 0 &&
+  const bool known = version.size() > 2 && version.size() < 7 &&
+                     (version.rfind("3.", 0) == 0 || version.rfind("4.", 0) == 0) &&
                      std::all_of(version.begin() + 2, version.end(), [](char c) { return c >= '0' && c <= '9'; });
-  if (!known) refuse(kManifest, "got schema version " + version, "3.x", "Install the library of that version.");
+  if (!known) refuse(kManifest, "got schema version " + version, "3.x or 4.x", "Install the library of that version.");
   Manifest manifest;
   manifest.height = whole(root.at("input").at("height"), "height");
   manifest.width = whole(root.at("input").at("width"), "width");
