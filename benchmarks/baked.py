@@ -54,7 +54,9 @@ def in_cpp(
     checked(c.msa2net_open(str(bundle).encode(), precision.encode(), *(*shape, 1)[:3], threads, ctypes.byref(pointer)))
 
     def call(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        checked(c.msa2net_predict(pointer, *(ctypes.c_void_p(array.ctypes.data) for array in (frame, mask)), None))
+        checked(
+            c.msa2net_predict(pointer, *(ctypes.c_void_p(array.ctypes.data) for array in (frame, mask)), None, None)
+        )
         return mask
 
     try:

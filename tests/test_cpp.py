@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 
 from msa2net import Predictor
 from msa2net.core.phantoms import phantom
-from msa2net.runtimes.bundle import MANIFEST, SUMS, Bundle
+from msa2net.export import export_bundle, parity
+from msa2net.runtimes.bundle import MANIFEST, QUALITY, SUMS, Bundle
 
 SOURCE = Path(__file__).parents[1] / "runtimes" / "cpp"
 ARGUMENT, BUNDLE, UNAVAILABLE, OUTPUT = 1, 2, 3, 4
 COLOUR, GREY = (180, 320, 3), (96, 128)
+DEMO = Path(__file__).parents[1] / "core" / "demo.safetensors"
 JSON_HEADER = Path("/usr/include/nlohmann/json.hpp")
 NEEDED = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
 NEEDED += [] if JSON_HEADER.exists() else ["nlohmann-json3-dev"]
@@ -63,17 +66,25 @@ class Report(ctypes.Structure):
     )
 
 
+class Quality(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_double) for name in QUALITY), ("flags", ctypes.c_uint32))
+
+
 class Library:
-    """msa2net.h by ctypes."""
+    """msa2net.h by ctypes.
+
+    quality   of the last frame
+    """
 
     def __init__(self, path: Path) -> None:
+        self.quality = Quality()
         self.c = ctypes.CDLL(str(path))
         for name in ("digest", "class_name", "last_error"):
             getattr(self.c, f"msa2net_{name}").restype = ctypes.c_char_p
         self.c.msa2net_digest.argtypes = [ctypes.c_void_p]
         self.c.msa2net_class_name.argtypes = [ctypes.c_void_p, ctypes.c_int32]
         self.c.msa2net_close.argtypes = [ctypes.c_void_p]
-        self.c.msa2net_predict.argtypes = [ctypes.c_void_p] * 4
+        self.c.msa2net_predict.argtypes = [ctypes.c_void_p] * 5
         self.c.msa2net_self_test.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
     def open(self, bundle: Path, shape: tuple[int, ...] = GREY, precision: str = "fp32", threads: int = 2) -> Any:
@@ -96,7 +107,8 @@ class Library:
     def predict(self, handle: Any, frame: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         frame = np.ascontiguousarray(frame)
         mask, confidence = (np.full(frame.shape[:2], 255, np.uint8) for _ in range(2))
-        code = self.c.msa2net_predict(handle, *(each.ctypes.data for each in (frame, mask, confidence)))
+        places = (each.ctypes.data for each in (frame, mask, confidence))
+        code = self.c.msa2net_predict(handle, *places, ctypes.byref(self.quality))
         assert code == 0, self.said()
         return mask, confidence
 
@@ -126,8 +138,8 @@ def test_its_masks_are_pythons(library: Library, baked: Path, shape: tuple[int, 
         for seed in range(6):
             expected = predictor.predict(frame(shape, seed))
             mask, confidence = library.predict(handle, frame(shape, seed))
-            assert (mask == expected.mask).mean() >= 0.9999
-            assert np.abs(confidence.astype(int) - expected.confidence).max() <= 1
+            assert np.array_equal(mask, expected.mask)
+            assert np.array_equal(confidence, expected.confidence)
     assert library.c.msa2net_digest(handle).decode() == Bundle(baked).digest
     assert [library.c.msa2net_class_name(handle, i) for i in (-1, 0, 1, 2)] == [None, b"background", b"lesion", None]
     report = Report()
@@ -145,11 +157,66 @@ def test_the_example_segments_a_file_of_frames(folder: Path, baked: Path, tmp_pa
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"bundle {Bundle(baked).digest}: 1 golden frames pass")
-    assert done.stdout.count(" ms\n") == 3
+    assert done.stdout.count(" ms, flags ") == 3
     masks = np.frombuffer((tmp_path / "masks").read_bytes(), np.uint8).reshape(3, *COLOUR[:2])
     with Predictor.load(baked, runtime="openvino", frame_shape=COLOUR, cache=False) as predictor:
         for each, mask in zip(frames, masks, strict=True):
-            assert (predictor.predict(each).mask == mask).mean() >= 0.9999
+            assert np.array_equal(predictor.predict(each).mask, mask)
+
+
+def qualities(shape: tuple[int, ...]) -> list[NDArray[np.uint8]]:
+    """Frames with and without something to say of each."""
+    black, white, half = np.zeros(shape, np.uint8), np.full(shape, 255, np.uint8), frame(shape, 3)
+    half[: shape[0] // 2] = 255
+    noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return [frame(shape, 1), frame(shape, 2), black, white, half, noise]
+
+
+def assert_pythons_figures(library: Library, bundle: Path, shape: tuple[int, ...]) -> set[str]:
+    """The flags that came up among `qualities`."""
+    seen = set()
+    handle = library.open(bundle, shape)
+    with Predictor.load(bundle, runtime="openvino", frame_shape=shape, cache=False) as predictor:
+        for each in qualities(shape):
+            expected = predictor.predict(each)
+            library.predict(handle, each)
+            for name in QUALITY:
+                assert getattr(library.quality, name) == pytest.approx(getattr(expected.quality, name), abs=1e-6)
+            flags = [name for i, name in enumerate(QUALITY) if library.quality.flags >> i & 1]
+            assert tuple(flags) == expected.flags
+            seen.update(flags)
+    library.c.msa2net_close(handle)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [COLOUR, GREY], ids=str)
+def test_the_figures_beside_a_mask_are_pythons(library: Library, baked: Path, shape: tuple[int, ...]) -> None:
+    assert {"contrast", "saturation"} <= assert_pythons_figures(library, baked, shape)
+
+
+def test_the_margin_of_a_letterboxed_frame_is_of_where_it_lies(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "phantom_cases", partial(parity.phantom_cases, count=2))
+    bundle = export_bundle(
+        DEMO,
+        tmp_path / "b",
+        runtimes=("openvino",),
+        fit="letterbox",
+        bake=("97x61:grey", "50x300"),
+        bake_outputs=("confidence",),
+        progress=False,
+    )
+    for shape in ((61, 97), (300, 50, 3)):
+        assert_pythons_figures(library, bundle, shape)
+
+
+def test_a_bundle_without_limits_flags_nothing(library: Library, copy: Path) -> None:
+    edited(lambda d: d.pop("quality"))(copy)
+    handle = library.open(copy)
+    library.predict(handle, np.zeros(GREY, np.uint8))
+    assert (library.quality.flags, library.quality.contrast) == (32, 0)
+    library.c.msa2net_close(handle)
 
 
 def test_the_example_is_short_and_the_header_is_c(tmp_path: Path) -> None:
@@ -193,7 +260,7 @@ def test_a_child_after_a_fork_is_told(library: Library, baked: Path) -> None:
     handle = library.open(baked)
     if not (child := os.fork()):
         mask = np.zeros(GREY, np.uint8)
-        code = library.c.msa2net_predict(handle, frame(GREY).ctypes.data, mask.ctypes.data, None)
+        code = library.c.msa2net_predict(handle, frame(GREY).ctypes.data, mask.ctypes.data, None, None)
         tested = library.c.msa2net_self_test(handle, ctypes.byref(Report()))
         os._exit(0 if code == tested == UNAVAILABLE and library.said().startswith("model: was opened before a") else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -251,9 +318,9 @@ def test_what_the_caller_gives_is_checked(library: Library, baked: Path, tmp_pat
     assert code == BUNDLE
     assert text.endswith("No such file or directory, expected a bundle's folder. Check the path.")
     handle = library.open(baked)
-    assert library.c.msa2net_predict(handle, None, None, None) == ARGUMENT
+    assert library.c.msa2net_predict(handle, None, None, None, None) == ARGUMENT
     assert library.c.msa2net_self_test(handle, None) == ARGUMENT
-    assert library.c.msa2net_predict(None, None, None, None) == ARGUMENT
+    assert library.c.msa2net_predict(None, None, None, None, None) == ARGUMENT
     library.c.msa2net_close(handle)
     library.c.msa2net_close(None)
 
@@ -363,6 +430,15 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another rest": (
         edited(lambda d: openvino_entry(d).update(rest="int4")),
         "manifest.json: the rest of int8 is in int4",
+    ),
+    "another fit": (edited(lambda d: d["input"].update(fit="crop")), "manifest.json: the fit is crop, expected "),
+    "a limit beyond": (
+        edited(lambda d: d["quality"]["limits"].update(area=[0, 1.5])),
+        "manifest.json: got a limit of 1.5, expected a number from 0 to 1",
+    ),
+    "half the limits": (
+        edited(lambda d: d["quality"]["limits"].pop("border")),
+        "manifest.json: [json.exception.out_of_range",
     ),
     "half a schema": (edited(lambda d: d.update(schema_version="3.x")), "manifest.json: got schema version 3.x"),
     "a document type": (with_graph(b"<!DOCTYPE a><net/>"), f"{XML}: declares a document type"),

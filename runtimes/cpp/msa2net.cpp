@@ -279,6 +279,8 @@ struct Artifact {
 struct Manifest {
   std::vector<std::string> classes;
   std::int64_t height = 0, width = 0;
+  bool letterbox = false;
+  std::vector<std::array<double, 2>> limits;  // least and most of each figure of quality, or none
   std::vector<Golden> golden;
   Artifact artifact;
 };
@@ -289,10 +291,10 @@ const std::string& listed(const std::map<std::string, std::string>& sums, const 
   return found->second;
 }
 
-double tolerance_within(const Json& value, double most) {
+double limit_within(const Json& value, double most) {
   const double number = value.get<double>();
   if (!value.is_number() || !(number >= 0 && number <= most))
-    refuse(kManifest, "got a tolerance of " + value.dump(), "a number from 0", kExport);
+    refuse(kManifest, "got a limit of " + value.dump(), "a number from 0 to " + digits(most), kExport);
   return number;
 }
 
@@ -349,7 +351,15 @@ Manifest parse_manifest(const Json& root, const std::map<std::string, std::strin
   Manifest manifest;
   manifest.height = whole(root.at("input").at("height"), "height");
   manifest.width = whole(root.at("input").at("width"), "width");
+  const std::string fit = root.at("input").at("fit").get<std::string>();
+  if (fit != "stretch" && fit != "letterbox") refuse(kManifest, "the fit is " + fit, "stretch or letterbox", kExport);
+  manifest.letterbox = fit == "letterbox";
   manifest.classes = class_names(root.at("classes"));
+  if (root.contains("quality"))
+    for (const char* const name : {"contrast", "saturation", "margin", "border", "area"}) {
+      const Json& limits = root.at("quality").at("limits").at(name);
+      manifest.limits.push_back({limit_within(limits.at(0), 1), limit_within(limits.at(1), 1)});
+    }
   for (const Json& each : root.at("golden"))
     manifest.golden.push_back({each.at("frame").get<std::string>(), each.at("logits").get<std::string>(),
                                each.at("mask").get<std::string>()});
@@ -374,8 +384,8 @@ Manifest parse_manifest(const Json& root, const std::map<std::string, std::strin
       if (artifact.rest != "fp32" && artifact.rest != "bf16")
         refuse(kManifest, "the rest of int8 is in " + artifact.rest, "fp32 or bf16", kExport);
       artifact.outputs = output_names(graph.at("outputs"));
-      artifact.logit_tolerance = tolerance_within(each.at("tolerance").at("logit"), 1e6);
-      artifact.pixel_tolerance = tolerance_within(each.at("tolerance").at("pixels"), 1);
+      artifact.logit_tolerance = limit_within(each.at("tolerance").at("logit"), 1e6);
+      artifact.pixel_tolerance = limit_within(each.at("tolerance").at("pixels"), 1);
       for (const Json& file : {files.at(0), files.at(1)})
         if (listed(sums, file.at("path").get<std::string>()) != file.at("sha256").get<std::string>())
           refuse(file.at("path").get<std::string>(), "its sums in manifest and " + kSums + " differ", "the same",
@@ -697,6 +707,71 @@ struct msa2net {
 
   const std::uint8_t* bytes_of(std::size_t index) { return request.get_output_tensor(index).data<std::uint8_t>(); }
 
+  // Where the frame lies in the network's input: first row, first column, rows, columns. BUNDLE.md, section 6.
+  std::array<std::int64_t, 4> placement() const {
+    const std::int64_t height = manifest.height, width = manifest.width;
+    if (!manifest.letterbox) return {0, 0, height, width};
+    const double rows = static_cast<double>(shape[0]), columns = static_cast<double>(shape[1]);
+    const double scale = std::min(static_cast<double>(height) / rows, static_cast<double>(width) / columns);
+    const std::int64_t tall = std::max(std::int64_t{1}, static_cast<std::int64_t>(std::nearbyint(rows * scale)));
+    const std::int64_t wide = std::max(std::int64_t{1}, static_cast<std::int64_t>(std::nearbyint(columns * scale)));
+    return {(height - tall) / 2, (width - wide) / 2, tall, wide};
+  }
+
+  // The mean over the placed pixels of the largest softmax less the second. The logits are the request's.
+  double margin() {
+    const auto [top, left, tall, wide] = placement();
+    const float* const logits = request.get_output_tensor(0).data<const float>();
+    const std::int64_t plane = manifest.height * manifest.width;
+    const std::int64_t classes = static_cast<std::int64_t>(manifest.classes.size());
+    double total = 0;
+    for (std::int64_t row = top; row < top + tall; ++row)
+      for (std::int64_t at = row * manifest.width + left; at < row * manifest.width + left + wide; ++at) {
+        float best = logits[at], second = logits[at + plane];
+        if (second > best) std::swap(best, second);
+        for (std::int64_t k = 2; k < classes; ++k) {
+          second = std::max(second, std::min(best, logits[at + k * plane]));
+          best = std::max(best, logits[at + k * plane]);
+        }
+        double sum = 0;
+        for (std::int64_t k = 0; k < classes; ++k) sum += std::exp(static_cast<double>(logits[at + k * plane] - best));
+        total += (1 - std::exp(static_cast<double>(second - best))) / sum;
+      }
+    return total / static_cast<double>(tall * wide);
+  }
+
+  // As runtimes/quality.py has it, of the frame and the mask that the request holds.
+  msa2net_quality assess(const std::uint8_t* frame) {
+    const std::int64_t rows = shape[0], columns = shape[1], channels = shape.size() > 2 ? 3 : 1;
+    const std::int64_t down = (rows + 255) / 256, along = (columns + 255) / 256;
+    std::int64_t count = 0, sum = 0, squares = 0, white = 0;
+    for (std::int64_t row = 0; row < rows; row += down)
+      for (std::int64_t column = 0; column < columns; column += along)
+        for (std::int64_t i = 0; i < channels; ++i, ++count) {
+          const std::int64_t value = frame[(row * columns + column) * channels + i];
+          sum += value, squares += value * value, white += value == 255;
+        }
+    const std::uint8_t* const mask = bytes_of(1);
+    std::int64_t inside = 0, edge = 0, at_edge = 0;
+    for (std::int64_t row = 0; row < rows; ++row)
+      for (std::int64_t column = 0; column < columns; ++column) {
+        const bool outermost = row == 0 || row == rows - 1 || column == 0 || column == columns - 1;
+        const bool found = mask[row * columns + column] != 0;
+        inside += found, edge += outermost, at_edge += outermost && found;
+      }
+    const double n = static_cast<double>(count), mean = static_cast<double>(sum) / n;
+    msa2net_quality quality{std::sqrt(std::max(0.0, static_cast<double>(squares) / n - mean * mean)) / 255,
+                            static_cast<double>(white) / n,
+                            margin(),
+                            static_cast<double>(at_edge) / static_cast<double>(edge),
+                            static_cast<double>(inside) / static_cast<double>(rows * columns),
+                            manifest.limits.empty() ? std::uint32_t{MSA2NET_NO_LIMITS} : 0};
+    const double figures[] = {quality.contrast, quality.saturation, quality.margin, quality.border, quality.area};
+    for (std::size_t i = 0; i < manifest.limits.size(); ++i)
+      if (!(figures[i] >= manifest.limits[i][0] && figures[i] <= manifest.limits[i][1])) quality.flags |= 1U << i;
+    return quality;
+  }
+
   // Throws unless the golden frames pass; `report` is what they gave, as far as they came.
   void require_golden(msa2net_report& report) {
     self_test(report);
@@ -776,7 +851,8 @@ int msa2net_open(const char* bundle, const char* precision, int32_t rows, int32_
   });
 }
 
-int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence) {
+int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence,
+                    msa2net_quality* quality) {
   return guarded([&] {
     if (!model || !frame || !mask)
       fail(MSA2NET_ARGUMENT, "msa2net_predict", "a null pointer", "a model, a frame and a mask", "Give all.");
@@ -788,6 +864,7 @@ int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t
     model->infer(frame);
     std::memcpy(mask, model->bytes_of(1), model->mask_bytes());
     if (confidence) std::memcpy(confidence, model->bytes_of(sure), model->mask_bytes());
+    if (quality) *quality = model->assess(frame);
   });
 }
 

@@ -36,6 +36,28 @@ typedef struct {
   double pixel_agreement, pixel_tolerance;
 } msa2net_report;
 
+/* Figures beside a mask, all from 0 to 1 (runtimes/BUNDLE.md, section 7), and the sum of the MSA2NET_… below of those
+   that are beyond what the images of the export keep. They inform: the mask is the same with and without.
+
+   contrast    standard deviation of the frame's values over 255: near 0, it is blank
+   saturation  share of the frame's values that are 255
+   margin      mean over pixels of the best class's probability less the second's
+   border      share of the pixels at the mask's edge that are foreground: above 0, the mask touches the border
+   area        share of pixels that are foreground */
+typedef struct {
+  double contrast, saturation, margin, border, area;
+  uint32_t flags;
+} msa2net_quality;
+
+enum {
+  MSA2NET_CONTRAST = 1,
+  MSA2NET_SATURATION = 2,
+  MSA2NET_MARGIN = 4,
+  MSA2NET_BORDER = 8,
+  MSA2NET_AREA = 16,
+  MSA2NET_NO_LIMITS = 32 /* alone: the bundle has none */
+};
+
 /* Opens a bundle's graph for one size of frames.
 
    bundle     path of its folder, UTF-8
@@ -51,8 +73,10 @@ MSA2NET_API int msa2net_open(const char* bundle, const char* precision, int32_t 
 
    frame       rows * columns * channels bytes, row by row, the channels of a pixel side by side; not changed
    mask        rows * columns bytes, of the caller: the class of each pixel. Written only if the call succeeds.
-   confidence  the same, or NULL: 255 times the probability of the mask's class; needs --bake-outputs confidence */
-MSA2NET_API int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence);
+   confidence  the same, or NULL: 255 times the probability of the mask's class; needs --bake-outputs confidence
+   quality     of the caller, or NULL; written as the mask is */
+MSA2NET_API int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t* confidence,
+                                msa2net_quality* quality);
 
 /* Runs the golden frames of this size against the outputs recorded at export. MSA2NET_OUTPUT if they are off; the
    report has what was found up to there, all zero where nothing was. */

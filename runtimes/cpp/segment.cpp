@@ -56,13 +56,14 @@ int main(int count, char** arguments) {
   if (!masks) return wrong("MASKS cannot be written", "Check its path.");
   const std::size_t pixels = static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
   std::vector<char> frame(pixels * static_cast<std::size_t>(channels)), mask(pixels);
+  msa2net_quality quality{};
   while (frames.read(frame.data(), static_cast<std::streamsize>(frame.size()))) {
     const auto start = std::chrono::steady_clock::now();
     const int code = msa2net_predict(opened, reinterpret_cast<const std::uint8_t*>(frame.data()),
-                                     reinterpret_cast<std::uint8_t*>(mask.data()), nullptr);
+                                     reinterpret_cast<std::uint8_t*>(mask.data()), nullptr, &quality);
     if (code) return failed(code);
     const std::chrono::duration<double, std::milli> taken = std::chrono::steady_clock::now() - start;
-    std::printf("%.3f ms\n", taken.count());
+    std::printf("%.3f ms, flags %u\n", taken.count(), quality.flags);  // the sum of MSA2NET_CONTRAST and so on
     masks.write(mask.data(), static_cast<std::streamsize>(mask.size()));
   }
   if (!masks.flush()) return wrong("MASKS cannot be written", "Check the disk.");
