@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,6 @@ from msa2net.runtimes.bundle import (
     RESIZE_RULES,
     TARGETS,
     Bundle,
-    ClassInfo,
 )
 from msa2net.runtimes.cache import VARIABLE, default_folder
 from msa2net.runtimes.images import read_frames
@@ -139,7 +138,7 @@ class _Target:
 class _Segmentations:
     """`--segmentation`: a DICOM Segmentation of each input, written when its last frame has been segmented."""
 
-    def __init__(self, arguments: argparse.Namespace, inputs: list[Path], classes: Sequence[ClassInfo]) -> None:
+    def __init__(self, arguments: argparse.Namespace, inputs: list[Path], predictor: Predictor) -> None:
         """Before anything is segmented: every input can be referred to, and every class has its codes."""
         self._target = _Target("--segmentation", arguments.segmentation, inputs, ".dcm")
         self._count, self._of, self._masks = len(inputs), 0, list[bytes]()
@@ -157,6 +156,7 @@ class _Segmentations:
         except ImportError as error:
             advice = "pip install 'msa2net-edge[dicom-seg]'"
             raise Msa2NetError("--segmentation", f"needs the package {error.name}", "", advice) from error
+        classes, execution = predictor.bundle.manifest.classes, predictor.execution
         dicom.require_codes(classes, self._codes)
         for number, file in enumerate(inputs, 1):
             try:
@@ -166,6 +166,10 @@ class _Segmentations:
                     "--segmentation", "is no DICOM file", "expected one that the object can refer to", "Use --mask."
                 )
                 raise _of_input(wrong, number, self._count) from None
+            try:
+                dicom.require_source(self._sources[-1], classes, execution, self._codes)
+            except FrameError as error:
+                raise _of_input(error, number, self._count) from error
 
     def add(self, number: int, seg: Segmentation) -> None:
         if self._target.path:
@@ -240,7 +244,7 @@ def predict(arguments: argparse.Namespace) -> int:
     if overlays.path and masks.path and overlays.path.resolve() == masks.path.resolve():
         raise Msa2NetError("--mask", "is --overlay, too", "expected another", "Name two files or folders.")
     with _load(arguments, arguments.bundle) as predictor:
-        segmentations = _Segmentations(arguments, files, predictor.bundle.manifest.classes)
+        segmentations = _Segmentations(arguments, files, predictor)
         frames = _frames(files)
         for target in (overlays, masks):
             frames = target.check(frames)

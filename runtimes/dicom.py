@@ -149,8 +149,7 @@ def segmentation(
             raise FrameError("source", found, "expected a standard DICOM image", "Use another output.") from None
 
     checked = _checked(masks, frames, size, len(classes))
-    lies_in_space = "SharedFunctionalGroupsSequence" in header or "ImageOrientationPatient" in header
-    if lies_in_space and "FrameOfReferenceUID" in header:
+    if _lies_in_space(header):
         stack = np.stack(list(checked))
         return written(stack if frames > 1 else stack[0])
     # highdicom writes several frames only of a source that lies somewhere in space, which a clip does not: each is
@@ -158,6 +157,26 @@ def segmentation(
     kind, orientation = header.SOPClassUID, header.get("PatientOrientation") or ""
     _replace(header, SOPClassUID=SecondaryCaptureImageStorage, FrameOfReferenceUID=None, NumberOfFrames=None)
     return _clip((written(mask) for mask in checked), frames, kind, header.SOPInstanceUID, orientation)
+
+
+def require_source(
+    source: Dataset,
+    classes: Sequence[ClassInfo],
+    execution: Execution,
+    codes: Mapping[str, tuple[Code, Code]] | None = None,
+) -> None:
+    """Raises what `segmentation` would, for a source that it cannot refer to, before anything is segmented."""
+    header, frames = _header(source)
+    if not _lies_in_space(header):  # where one frame tells as much as all
+        _replace(header, NumberOfFrames=None)
+        frames = 1
+    blank = np.zeros((int(header.Rows), int(header.Columns)), np.uint8)
+    segmentation(header, (blank for _ in range(frames)), classes, execution, codes=codes)
+
+
+def _lies_in_space(header: Dataset) -> bool:
+    placed = "SharedFunctionalGroupsSequence" in header or "ImageOrientationPatient" in header
+    return placed and "FrameOfReferenceUID" in header
 
 
 def require_codes(

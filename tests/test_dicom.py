@@ -222,6 +222,23 @@ def test_a_source_that_cannot_be_referred_to_is_refused(
         dicom.segmentation(source, [mask], LESION, predictors["onnxruntime"].execution)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_finds_a_source_that_cannot_be_referred_to_before_it_segments(
+    examples: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second of two inputs, at its last step in highdicom: the first is not segmented either."""
+    source = dcmread(examples("rgb_color"))
+    source.PatientSex = "NONE"  # which is no sex
+    source.FrameOfReferenceUID, source.ImageOrientationPatient = "1.2.3", [1, 0, 0, 0, 1, 0]
+    source.save_as(tmp_path / "second.dcm")
+    inputs = [str(examples("rgb_color")), str(tmp_path / "second.dcm")]
+    options = ["--runtime", "onnxruntime", "--segmentation", str(tmp_path / "out")]
+    assert main(["predict", *inputs, *options]) == 2
+    out, error = capsys.readouterr()
+    assert "\nerror: input 2 of 2, source: cannot be referred to" in error
+    assert not any(line.split()[:1] == ["1"] for line in out.splitlines())
+
+
 def test_masks_of_other_frames_are_refused(examples: Callable[[str], Path], predictors: dict[str, Predictor]) -> None:
     source = dcmread(examples("rgb_color"), stop_before_pixels=True)
     shape = (source.Rows, source.Columns)
