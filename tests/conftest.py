@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Tests that run beside each other share the cores: a thread of a runtime that waits for another spins, and two runtimes
-# on one core would take several times as long. Before numpy is imported, which takes its number of threads from there.
-# What needs all cores is marked `alone`.
+# on one core would take several times as long. What needs all cores is marked `alone`.
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))
@@ -28,6 +27,12 @@ from msa2net.runtimes.predictor import DEMO_BUNDLE, Predictor
 
 # Read when triton is first imported: kernels run on the CPU, in its interpreter. On a GPU it is set to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers' numpy is imported before this file is, and its products round by its number of threads."""
+    if getattr(config.option, "numprocesses", None):
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
