@@ -3,7 +3,8 @@
 Two things fp16 cannot do: hold a number beyond 65,504, and hold one below 6e-8. So the largest value of every tensor is
 measured, with the sums that a node makes inside, and a node that comes near the limit, or reads a constant that would
 be zero, stays in fp32. ONNX Runtime computes an fp16 file in fp32 on x86, which hides both: it is judged with every
-tensor rounded to fp16 as it is written, `emulated`. Sums inside a node are taken in fp32, as tensor cores take them.
+tensor rounded to fp16 as it is written, `emulated`. Sums inside a node are taken in fp32, as tensor cores take them;
+what Arm's kernels make of them is in `fp16_sums`.
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def export_bundle(
     if fine_tuned is not None:
         checkpoints["fine-tuned checkpoint"] = digest_of_path(Path(fine_tuned))
     said = read.metadata
-    resize = resize or {"bilinear": "bilinear-fixed"}.get(trained := said.get("resize", "bilinear"), trained)
+    trained = said.get("resize", "bilinear")
+    resize = resize or ("bilinear-fixed" if trained == "bilinear" else trained)
     if resize not in RESIZE_RULES:
         raise CheckpointError(
             read.path,
