@@ -47,7 +47,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """(..., M, K), (..., K, N) -> (..., M, N); numbers that fp16 holds, as float32."""
     a, b = a.half(), b.half()
     total = a.new_zeros(*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-    for k in range(a.shape[-1]):  # computed in fp32 and rounded once, as a fused multiply-add is
+    for k in range(a.shape[-1]):  # computed in fp32 and then rounded
         torch.addcmul(total, a[..., :, k, None], b[..., k, None, :], out=total)
     return total.float()
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from msa2net.errors import FrameError, Msa2NetError
 from msa2net.runtimes.bundle import ClassInfo
 from msa2net.runtimes.predictor import Execution
+from msa2net.runtimes.preprocess import MAX_PIXELS
 
 if TYPE_CHECKING:
     from pydicom.dataelem import DataElement
@@ -165,12 +166,18 @@ def require_source(
     execution: Execution,
     codes: Mapping[str, tuple[Code, Code]] | None = None,
 ) -> None:
-    """Raises what `segmentation` would, for a source that it cannot refer to, before anything is segmented."""
+    """Raises what `segmentation` would, for a source that it cannot refer to, before anything is segmented.
+
+    One that claims more pixels than a frame may have is only looked at: the claim may be false.
+    """
     header, frames = _header(source)
     if not _lies_in_space(header):  # where one frame tells as much as all
         _replace(header, NumberOfFrames=None)
         frames = 1
-    blank = np.zeros((int(header.Rows), int(header.Columns)), np.uint8)
+    rows, columns = int(header.Rows), int(header.Columns)
+    if frames * rows * columns > MAX_PIXELS:
+        return
+    blank = np.zeros((rows, columns), np.uint8)
     segmentation(header, (blank for _ in range(frames)), classes, execution, codes=codes)
 
 

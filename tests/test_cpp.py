@@ -211,6 +211,18 @@ def test_the_margin_of_a_letterboxed_frame_is_of_where_it_lies(
         assert_pythons_figures(library, bundle, shape)
 
 
+def test_a_mask_may_be_written_over_its_frame(library: Library, baked: Path) -> None:
+    handle, pixels = library.open(baked), frame(GREY, 3)
+    expected = library.predict(handle, pixels)[0], library.quality.contrast
+    code = library.c.msa2net_predict(
+        handle, pixels.ctypes.data, pixels.ctypes.data, None, ctypes.byref(library.quality)
+    )
+    assert code == 0
+    assert np.array_equal(pixels, expected[0])
+    assert library.quality.contrast == expected[1]
+    library.c.msa2net_close(handle)
+
+
 def test_a_bundle_without_limits_flags_nothing(library: Library, copy: Path) -> None:
     edited(lambda d: d.pop("quality"))(copy)
     handle = library.open(copy)
@@ -435,6 +447,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a limit beyond": (
         edited(lambda d: d["quality"]["limits"].update(area=[0, 1.5])),
         "manifest.json: got a limit of 1.5, expected a number from 0 to 1",
+    ),
+    "one limit": (
+        edited(lambda d: d["quality"]["limits"].update(area=[0])),
+        "manifest.json: the limits of area are [0], expected two",
     ),
     "half the limits": (
         edited(lambda d: d["quality"]["limits"].pop("border")),

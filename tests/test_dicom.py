@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,21 @@ def test_a_source_that_cannot_be_referred_to_is_refused(
     delattr(source, name)
     with pytest.raises(FrameError, match=f"source: has no {name}, expected a DICOM image"):
         dicom.segmentation(source, [mask], LESION, predictors["onnxruntime"].execution)
+
+
+@pytest.mark.parametrize("claimed", [{"Rows": 40_000, "Columns": 40_000}, {"NumberOfFrames": 2_000_000_000}])
+def test_a_source_that_claims_too_much_costs_nothing(
+    examples: Callable[[str], Path], predictors: dict[str, Predictor], claimed: dict[str, int]
+) -> None:
+    source = dcmread(examples("rgb_color"), stop_before_pixels=True)
+    source.FrameOfReferenceUID, source.ImageOrientationPatient = "1.2.3", [1, 0, 0, 0, 1, 0]
+    for name, value in claimed.items():
+        setattr(source, name, value)
+    tracemalloc.start()
+    dicom.require_source(source, LESION, predictors["onnxruntime"].execution)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1 << 24
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -422,6 +422,15 @@ def test_an_fp16_artifact_is_judged_ranked_and_half_the_size_and_is_no_fp32_on_t
             Predictor.load(bundle, runtime="onnxruntime", precision="fp16")
 
 
+def test_an_fp16_artifact_whose_sums_overflow_in_fp16_fails(
+    quick: Callable[..., tuple[Path, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overflown = np.full((1, 2, 224, 224), np.inf, np.float32)
+    monkeypatch.setattr(fp16_sums, "emulation", lambda _: lambda _: overflown)
+    with pytest.raises(ExportError, match=r"fp16: with sums in fp16, as Arm's kernels take them: logits: .* infinity"):
+        quick("onnxruntime", "fp16")
+
+
 @pytest.fixture
 def ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ranking at hand, in place of the measured one."""

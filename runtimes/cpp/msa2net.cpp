@@ -358,6 +358,8 @@ Manifest parse_manifest(const Json& root, const std::map<std::string, std::strin
   if (root.contains("quality"))
     for (const char* const name : {"contrast", "saturation", "margin", "border", "area"}) {
       const Json& limits = root.at("quality").at("limits").at(name);
+      if (limits.size() != 2)
+        refuse(kManifest, std::string("the limits of ") + name + " are " + limits.dump(), "two", kExport);
       manifest.limits.push_back({limit_within(limits.at(0), 1), limit_within(limits.at(1), 1)});
     }
   for (const Json& each : root.at("golden"))
@@ -862,9 +864,9 @@ int msa2net_predict(msa2net* model, const uint8_t* frame, uint8_t* mask, uint8_t
       fail(MSA2NET_ARGUMENT, "confidence", "the graph gives none", "NULL", "Export with --bake-outputs confidence.");
     const std::lock_guard<std::mutex> lock(model->mutex);
     model->infer(frame);
+    if (quality) *quality = model->assess(frame);  // before the mask, which may lie where the frame does
     std::memcpy(mask, model->bytes_of(1), model->mask_bytes());
     if (confidence) std::memcpy(confidence, model->bytes_of(sure), model->mask_bytes());
-    if (quality) *quality = model->assess(frame);
   });
 }
 
