@@ -532,9 +532,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--mean", help="one or three numbers, of pixels scaled to [0, 1]")
     command.add_argument("--std", help="one or three numbers")
     command.add_argument("--channels", type=int, choices=(1, 3), default=3)
-    command.add_argument(
-        "--resize", choices=RESIZE_RULES, help="default: the checkpoint's, for bilinear bilinear-fixed"
-    )
+    command.add_argument("--resize", choices=RESIZE_RULES, help="default: the checkpoint's, bilinear as bilinear-fixed")
     command.add_argument("--fit", choices=("stretch", "letterbox"), default="stretch")
     command.add_argument("--enlarge", choices=ENLARGE_RULES, help="default: aligned with spline, else nearest")
     command.set_defaults(run=export)

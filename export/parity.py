@@ -190,7 +190,9 @@ class Judge:
                     held.append([run_case(case, manifest, summed) for case in self.golden])
                 except OutputError as error:
                     figures["verdict"] = "failed"
-                    figures["reasons"].insert(0, f"with sums in fp16, as Arm's kernels take them: {error}")
+                    figures["reasons"].insert(
+                        0, f"with sums in fp16, as Arm's kernels take them: {error.place}: {error.found}"
+                    )
             repeats = artifact.precision not in INT8 or self._repeats(stack, manifest, artifact)
         if not repeats:
             figures["verdict"] = "failed"
