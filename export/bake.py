@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -100,6 +101,9 @@ class _Graph:
         return self.add("Cast", x, to=kind)
 
     def reshape(self, x: str, *shape: int) -> str:
+        if self.nodes and self.nodes[-1].op_type == "Reshape" and self.nodes[-1].output[0] == x:
+            x = self.nodes.pop().input[0]  # OpenVINO would make one of the two, without the mark that asks for fp32
+            self.constants.pop()
         return self.add("Reshape", x, self.const(np.array(shape, np.int64)))
 
     def gather(self, x: str, index: NDArray[np.intp], axis: int, output: str = "") -> str:
@@ -131,6 +135,28 @@ class _Blocks:
         """(outputs, count) of a block; the last may have fewer outputs."""
         start = self.starts[number]
         return self.table[number * self.size : (number + 1) * self.size, start : start + self.count]
+
+
+def _pad(graph: _Graph, x: str, shape: Sequence[int], axis: int, before: int, after: int, kind: type[Any]) -> str:
+    """Zeros around `x`, of this shape, along an axis. By Concat: OpenVINO replaces Pad, mark and all."""
+
+    def zeros(count: int) -> list[str]:
+        return [graph.const(np.zeros((*shape[:axis], count, *shape[axis + 1 :]), kind))] if count else []
+
+    parts = [*zeros(before), x, *zeros(after)]
+    return graph.add("Concat", *parts, axis=axis) if len(parts) > 1 else x
+
+
+def _softmax(graph: _Graph, x: str, classes: int, fused: bool) -> str:
+    """Over the first axis, as `postprocess.softmax`; term by term where OpenVINO would replace it, mark and all."""
+    if not fused:
+        return graph.add("Softmax", x, axis=0)
+
+    def over_classes(kind: str, x: str) -> str:
+        return reduce(partial(graph.add, kind), (graph.gather(x, np.array([k]), 0) for k in range(classes)))
+
+    x = graph.add("Exp", graph.add("Sub", x, over_classes("Max", x)))
+    return graph.add("Div", x, over_classes("Add", x))
 
 
 def _rounded(graph: _Graph, x: str, fused: bool) -> str:
@@ -172,7 +198,10 @@ def _resize_rows(
 def _resize_columns(
     graph: _Graph, x: str, table: NDArray[np.float32], height: int, planes: int, fused: bool, exact: bool = False
 ) -> str:
-    """(height, n * planes) float32, the planes of a pixel side by side -> (planes, height, m); `exact` as for rows."""
+    """(height, n * planes) float32, the planes of a pixel side by side -> (planes, height, m).
+
+    exact   as for rows; what is fused, too, comes out as int32, in steps of `GREY_STEP`
+    """
     target, source = table.shape
     # OpenVINO multiplies the planes as they lie; elsewhere that would be three times as many inputs, most of them 0.
     apart = not fused or planes == 1
@@ -189,6 +218,8 @@ def _resize_columns(
             parts.append(graph.add("MatMul", piece, graph.const(weights)))
         x = graph.add("Concat", *parts, axis=1)
         x = _rounded(graph, x, fused) if exact else x
+    if exact and fused:  # before the shape changes: OpenVINO moves a product ahead of that, and then drops its mark
+        x = graph.cast(graph.add("Mul", x, graph.number(1 / GREY_STEP)), TensorProto.INT32)
     if apart:
         return graph.reshape(x, planes, height, target)
     return graph.add("Transpose", graph.reshape(x, height, target, planes), perm=[2, 0, 1])
@@ -197,8 +228,8 @@ def _resize_columns(
 def _normalised(graph: _Graph, x: str, manifest: Manifest, exact: bool) -> None:
     """(1, 1 or C, h, w) of grey levels -> `image` (1, C, h, w), as `preprocess.to_tensor` makes it.
 
-    exact   for multiples of `GREY_STEP` in OpenVINO, which multiplies by a rounded inverse where it should divide: each
-            is looked up
+    exact   for steps of `GREY_STEP` in OpenVINO, which multiplies by a rounded inverse where it should divide: each is
+            looked up
     """
     contract = manifest.input
     mean, std = (np.asarray(each, np.float32).reshape(1, -1, 1, 1) for each in (contract.mean, contract.std))
@@ -208,7 +239,6 @@ def _normalised(graph: _Graph, x: str, manifest: Manifest, exact: bool) -> None:
         return
     levels = np.arange(round(255 / GREY_STEP) + 1, dtype=np.float32) * np.float32(GREY_STEP)
     table = (levels / np.float32(255) - mean) / std  # (1, C, 1, levels)
-    x = graph.cast(graph.add("Mul", x, graph.number(1 / GREY_STEP)), TensorProto.INT32)
     first = (np.arange(contract.channels, dtype=np.int32) * len(levels)).reshape(1, -1, 1, 1)
     graph.add("Gather", graph.const(table.ravel()), graph.add("Add", x, graph.const(first)), axis=0, output="image")
 
@@ -227,9 +257,9 @@ def front(manifest: Manifest, size: FrameSize, fused: bool) -> onnx.ModelProto:
     x = _resize_columns(graph, x, columns, spot.height, planes, fused, exact)
     x = graph.reshape(x, 1, planes, spot.height, spot.width)
     below, right = contract.height - spot.top - spot.height, contract.width - spot.left - spot.width
-    if below or right or spot.top or spot.left:
-        edges = np.array([0, 0, spot.top, spot.left, 0, 0, below, right], np.int64)
-        x = graph.add("Pad", x, graph.const(edges))
+    kind = np.int32 if exact and fused else np.float32
+    x = _pad(graph, x, (1, planes, spot.height, spot.width), 3, spot.left, right, kind)
+    x = _pad(graph, x, (1, planes, spot.height, contract.width), 2, spot.top, below, kind)
     _normalised(graph, x, manifest, exact and fused)
     image = (1, contract.channels, contract.height, contract.width)
     return _model(graph, "front", [("frame", TensorProto.UINT8, size.shape)], [("image", TensorProto.FLOAT, image)])
@@ -244,9 +274,10 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
     x = graph.reshape(x, classes, spot.height, spot.width)
     shares, rows, columns = "", *nearest_grid((spot.height, spot.width), whole, manifest.enlarge)
     if manifest.enlarge == "bilinear":
-        x = graph.add("Transpose", graph.add("Softmax", x, axis=0), perm=[1, 0, 2])
+        x = graph.add("Transpose", _softmax(graph, x, classes, fused), perm=[1, 0, 2])
         x = graph.reshape(x, spot.height, classes * spot.width)
-        x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), classes * spot.width, fused)
+        if size.rows != spot.height:
+            x = _resize_rows(graph, x, resize_table("bilinear", spot.height, size.rows), classes * spot.width, fused)
         x = graph.reshape(x, size.rows * classes, spot.width)
         x = _resize_columns(graph, x, resize_table("bilinear", spot.width, size.columns), size.rows * classes, 1, fused)
         x = graph.add("Transpose", graph.reshape(x, size.rows, classes, size.columns), perm=[1, 0, 2])
@@ -259,7 +290,7 @@ def back(manifest: Manifest, size: FrameSize, extras: Sequence[str], fused: bool
         x = graph.add("Greater", *pair)
     else:
         if "confidence" in extras and not shares:
-            shares = graph.add("Softmax", x, axis=0)
+            shares = _softmax(graph, x, classes, fused)
         x = graph.add("ArgMax", x, axis=0, keepdims=0)
     maps = {"mask": graph.cast(x, TensorProto.UINT8)}
     if "confidence" in extras:

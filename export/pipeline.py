@@ -105,9 +105,9 @@ _TUNED = "fine-tuned"  # folder of the models that int8 is made from, while it i
 _LEAST_EQUAL = 0.999  # of the pixels: Dice alone may be "high" with more of them changed, as many one way as the other
 _MOST_LOST = LEVELS["high"][1] * 2 / 3  # points of the worst image: other images than the judged ones lose more
 # Of a baked graph's pixels, those of the artifact behind `preprocess`: all, by the rule "bilinear-fixed". By another,
-# sums in another order change the image's last bits, and of some hundred thousand values bf16 and int8 round a few the
-# other way.
-LEAST_EQUAL_BAKED = {"fp32": 0.9999, "lower": 0.9995}
+# sums in another order change the image's last bits, and of some hundred thousand values a lower precision than fp32
+# rounds a few the other way.
+LEAST_EQUAL_BAKED, _LEAST_EQUAL_ROUNDED = 0.9999, 0.9995
 _ROUNDS, _PAUSE = 15, 0.02  # of a race, and the seconds before each call in which threads come to rest
 _RANKED_ON = 4  # of the calibration images: there are five times as many places in int8 as in bf16
 
@@ -442,7 +442,8 @@ def _bake(
         for size in sizes:
             bar.set_postfix_str(f"{artifact.name}, {size}")
             files = baking.write(folder, manifest, artifact, size, extras)
-            least = LEAST_EQUAL_BAKED["fp32" if artifact.precision == "fp32" else "lower"]
+            exact = artifact.precision == "fp32" or manifest.input.resize == "bilinear-fixed"
+            least = LEAST_EQUAL_BAKED if exact else _LEAST_EQUAL_ROUNDED
             found, difference = baking.agreement(folder, manifest, artifact, files, size, extras)
             limit = artifact.tolerance.logit
             if found < least or difference > limit:
