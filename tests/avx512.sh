@@ -2,7 +2,7 @@
 # Runs Python on an emulated x86-64 processor with AVX-512, VNNI and BF16: tests/avx512.sh FOLDER DATA
 # DATA, a folder with `main.py`, lies at /data there; what main.py prints comes out. qemu has no AVX-512, so it is Bochs,
 # a whole machine: Debian's kernel, Python 3.11 and the wheels of numpy and both runtimes, on one CPU of 2 GiB.
-# FOLDER is made on the first call, 3 GB in 5 minutes. Needs Debian 12, as root, for packages. It shows whether results
+# FOLDER is made on the first call, 1.5 GB in 5 minutes. Needs Debian 12, as root, for packages. It shows whether results
 # are right, never how fast they come: a network of some GFLOP loads in minutes.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
