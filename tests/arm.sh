@@ -4,6 +4,7 @@
 # Needs Debian with qemu-user-static and pip. It shows whether results are right, never how fast they come.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
+. "$checkout/tests/emulated.sh"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 shift
@@ -15,14 +16,7 @@ shift
     apt="apt-get -q -oAPT::Architecture=arm64 -oAPT::Architectures=arm64 -oDir::State::Lists=$PWD/apt/lists
         -oDir::State::status=$PWD/apt/status -oDir::Cache=$PWD/apt/cache"
     $apt update
-    $apt --download-only --no-install-recommends -y install python3.11-minimal python3.11 libpython3.11-stdlib \
-        libstdc++6 libgomp1 zlib1g
-    for package in apt/cache/archives/*.deb; do dpkg -x "$package" root; done
-    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
-        --platform manylinux_2_31_aarch64 --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-        --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-        -d wheels numpy onnxruntime openvino pillow flatbuffers protobuf packaging
-    for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" site; done
+    python_and_wheels aarch64 site
     ln -s "$checkout" site/msa2net
     # ONNX Runtime reads the processor from these; qemu shadows absolute paths with the folder given by -L.
     cpus=root/sys/devices/system/cpu

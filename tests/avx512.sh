@@ -6,6 +6,7 @@
 # are right, never how fast they come: a network of some GFLOP loads in minutes.
 set -eu
 checkout=$(cd "$(dirname "$0")/.." && pwd)
+. "$checkout/tests/emulated.sh"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 data=$(cd "$2" && pwd)
@@ -33,17 +34,10 @@ cd "$folder"
     (cd bochs && ./configure CXXFLAGS=-O2 CFLAGS=-O2 --enable-x86-64 --enable-cpu-level=6 --enable-avx --enable-evex \
         --enable-fast-function-calls --enable-repeat-speedups --enable-handlers-chaining --enable-pci --disable-docbook \
         --without-x --without-x11 --with-nogui --disable-plugins --disable-debugger && make -j2) > bochs.txt 2>&1
-    own="-q -oDir::State::status=$PWD/apt/status -oDir::Cache=$PWD/apt/cache -oAPT::Sandbox::User=root"
+    apt="apt-get -q -oDir::State::status=$PWD/apt/status -oDir::Cache=$PWD/apt/cache -oAPT::Sandbox::User=root"
     kernel=$(apt-cache depends linux-image-amd64 | sed -n 's/.*Depends: \(linux-image-[^ ]*\)/\1/p' | head -1)
-    (cd apt && apt-get $own download "$kernel" && dpkg -x "$kernel"_*.deb kernel)
-    apt-get $own --download-only --no-install-recommends -y install python3.11-minimal python3.11 libpython3.11-stdlib \
-        libstdc++6 libgomp1 zlib1g
-    for package in apt/cache/archives/*.deb; do dpkg -x "$package" root; done
-    python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.11 --implementation cp \
-        --platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
-        --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-        -d wheels numpy onnxruntime openvino pillow flatbuffers protobuf packaging
-    for wheel in wheels/*.whl; do python3 -m zipfile -e "$wheel" root/site; done
+    (cd apt && $apt download "$kernel" && dpkg -x "$kernel"_*.deb kernel)
+    python_and_wheels x86_64 root/site
     mkdir -p root/data root/proc root/sys root/dev root/tmp
     cp /bin/busybox init/bin
     cp /bin/busybox root/bin

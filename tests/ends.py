@@ -1,7 +1,7 @@
 """Beside a network in bf16, do a baked graph's ends run in fp32, and does the network give the same bits?
 
-On a CPU with bf16 `test_bake.py` asks it; elsewhere `test_avx512.py` runs this file on an emulated one, so it needs
-OpenVINO and numpy alone. It takes a folder with what `write` in `test_bake.py` makes: the network, the baked graph, a
+On a CPU with bf16 `test_bake.py` asks it; elsewhere `test_avx512.py` runs this file on an emulated one, with the
+packages of a device. It takes a folder with what `write` in `test_bake.py` makes: the network, the baked graph, a
 frame, and the frame as the network takes it.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 
-ADDED = "baked."  # before the names of the nodes that baking adds
+from msa2net.runtimes.backends import ADDED
 
 
 def complaints(folder: Path) -> list[str]:
